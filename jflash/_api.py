@@ -1,40 +1,123 @@
-"""The public function."""
+"""`attention`: the public function, from its arguments to a `Problem` and back."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import jax.numpy as jnp
 
-from . import _reference
+from . import _autodiff, _backends, _check, _plan, masks
+from ._logits import Logits
+from ._problem import Problem
 
 
-def attention(query, key, value, bias=None, mask=None, *, scale=None, is_causal=False, query_seq_lengths=None,
-              key_value_seq_lengths=None, local_window_size=None, implementation=None, return_residual=False,
-              query_positions=None, key_value_positions=None, query_segment_ids=None, key_value_segment_ids=None,
-              logits_soft_cap=None, alibi_slopes=None):
-  """Attention (dense stand-in, replaced by the tiled backends)."""
-  batched = query.ndim == 4
-  if not batched:
-    query, key, value = query[None], key[None], value[None]
-  b, t, n, _ = query.shape
-  s = key.shape[1]
-  as2 = lambda x, size: jnp.broadcast_to(jnp.arange(size) if x is None else x, (b, size))
-  qp, kp = as2(query_positions, t)[:, None, :, None], as2(key_value_positions, s)[:, None, None, :]
-  keep = jnp.ones((b, n, t, s), bool)
-  if mask is not None:
-    keep &= mask
-  if is_causal:
-    keep &= qp >= kp
-  if local_window_size is not None:
-    left, right = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
-    keep &= (kp >= qp - left) & (kp <= qp + right)
-  if query_seq_lengths is not None:
-    keep &= (jnp.arange(t)[None, :] < query_seq_lengths[:, None])[:, None, :, None]
-  if key_value_seq_lengths is not None:
-    keep &= (jnp.arange(s)[None, :] < key_value_seq_lengths[:, None])[:, None, None, :]
-  if query_segment_ids is not None:
-    keep &= as2(query_segment_ids, t)[:, None, :, None] == as2(key_value_segment_ids, s)[:, None, None, :]
-  out, lse = _reference.attention(query, key, value, bias, keep, scale=scale, logits_soft_cap=logits_soft_cap,
-                                  alibi_slopes=alibi_slopes, query_positions=as2(query_positions, t),
-                                  key_value_positions=as2(key_value_positions, s))
-  out = out.astype(query.dtype)
-  if not batched:
+def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, *, scale: Any = None,
+              is_causal: bool = False, query_seq_lengths: Any = None, key_value_seq_lengths: Any = None,
+              local_window_size: int | tuple[int, int] | None = None, implementation: str | None = None,
+              return_residual: bool = False, query_positions: Any = None, key_value_positions: Any = None,
+              query_segment_ids: Any = None, key_value_segment_ids: Any = None, logits_soft_cap: Any = None,
+              alibi_slopes: Any = None) -> Any:
+  r"""Exact attention in linear memory; a superset of `jax.nn.dot_product_attention`.
+
+      s   = cap(scale · q·k + bias - slope · |q position - k position|), -inf where the mask keeps nothing
+      lse = log Σ_k exp(s)            out = Σ_k exp(s - lse) v
+
+  with cap(x) = c · tanh(x / c). Scores and sums are float32 (float64 for float64 inputs). B batch, T queries, S keys, N
+  query heads, K key/value heads (N a multiple of K), H query/key width, E value width; all sizes >= 1.
+
+  Args:
+    query: `[B, T, N, H]`, or `[T, N, H]` without a batch; bfloat16, float16, float32 or float64.
+    key: `[B, S, K, H]`, of the same dtype. K < N is grouped-query, K = 1 multi-query attention.
+    value: `[B, S, K, E]`.
+    bias: added to the scaled products; any shape that broadcasts to `[B, N, T, S]`. Its gradient has that same shape.
+    mask: True where a key is seen: a boolean array that broadcasts to `[B, N, T, S]`, or a mask from `jflash.masks`, which
+      lets whole tiles be skipped.
+    scale: default 1/sqrt(H). A number, or a scalar array, which may be traced and gets a gradient.
+    is_causal: query i sees keys <= i (also when T != S; anything else by positions).
+    query_seq_lengths: integers `[B]`; query rows from there on give 0.
+    key_value_seq_lengths: integers `[B]`; keys from there on are not seen.
+    local_window_size: (left, right), or w for (w, w): query i sees keys i - left to i + right, both inclusive.
+    implementation: None chooses; "xla" (plain JAX, everywhere) or "tpu" (Pallas on TPU).
+    return_residual: whether to return `lse` too.
+    query_positions, key_value_positions: integers `[B, T]` or `[T]`, `[B, S]` or `[S]`. They replace the row and column numbers
+      in `is_causal`, `local_window_size`, `alibi_slopes` and the masks of `jflash.masks`; not in a `mask` array or in the lengths.
+    query_segment_ids, key_value_segment_ids: integers of the same shapes; a query sees only keys of its own segment.
+    logits_soft_cap: c > 0 as above. A number, or a scalar array, which gets a gradient.
+    alibi_slopes: `[N]` or `[B, N]`, with a gradient (Press et al., arXiv:2108.12409).
+
+  Returns:
+    `out [B, T, N, E]` in the inputs' dtype; with `return_residual` also `lse [B, T, N]`, float32 (float64 for float64), which
+    is differentiable. A query that may see nothing has out 0, lse -inf and no gradient; what is not finite in a key or value that
+    the mask hides reaches neither out nor any gradient. Two runs give the same bits.
+
+  Raises:
+    ValueError, TypeError: shapes, dtypes or values that do not fit, with both sides named.
+    NotImplementedError: the named implementation cannot compute this here, with the reason.
+
+  Example:
+    >>> import jax, jflash
+    >>> q = jax.random.normal(jax.random.key(0), (2, 100, 8, 64))
+    >>> k = v = jax.random.normal(jax.random.key(1), (2, 100, 2, 64))
+    >>> jflash.attention(q, k, v, is_causal=True, local_window_size=(31, 0)).shape
+    (2, 100, 8, 64)
+
+  Dao et al., FlashAttention, arXiv:2205.14135; Dao, FlashAttention-2, arXiv:2307.08691.
+  """
+  problem = make_problem(query, key, value, bias, mask, scale=scale, is_causal=is_causal, query_seq_lengths=query_seq_lengths,
+                         key_value_seq_lengths=key_value_seq_lengths, local_window_size=local_window_size,
+                         query_positions=query_positions, key_value_positions=key_value_positions,
+                         query_segment_ids=query_segment_ids, key_value_segment_ids=key_value_segment_ids,
+                         logits_soft_cap=logits_soft_cap, alibi_slopes=alibi_slopes)
+  backend, _ = _backends.select(problem, implementation)
+  plan = backend.plan(problem)
+  out, lse = _autodiff.attend(backend.name, plan, problem, _plan.make_schedule(problem, plan))
+  if jnp.ndim(query) == 3:
     out, lse = out[0], lse[0]
   return (out, lse) if return_residual else out
+
+
+def make_problem(query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scale: Any, is_causal: bool, query_seq_lengths: Any,
+                 key_value_seq_lengths: Any, local_window_size: Any, query_positions: Any, key_value_positions: Any,
+                 query_segment_ids: Any, key_value_segment_ids: Any, logits_soft_cap: Any, alibi_slopes: Any) -> Problem:
+  """The arguments of `attention`, checked and laid out."""
+  q, k, v = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+  _check.inputs(q, k, v)
+  if q.ndim == 3:
+    q, k, v = q[None], k[None], v[None]
+  sizes = masks.Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+  if query_positions is not None:
+    sizes = sizes._replace(query_positions=_check.per_query(query_positions, sizes, "query_positions"))
+  if key_value_positions is not None:
+    sizes = sizes._replace(key_positions=_check.per_key(key_value_positions, sizes, "key_value_positions"))
+  _check.both_or_none(query_segment_ids, "query_segment_ids", key_value_segment_ids, "key_value_segment_ids")
+
+  parts: list[masks.Mask] = []
+  if mask is not None:
+    parts.append(mask.bind(sizes) if isinstance(mask, masks.Mask) else masks.Elements(_check.mask_array(mask, sizes)))
+  if is_causal:
+    parts.append(masks.Causal())
+  if local_window_size is not None:
+    parts.append(masks.Window(*_check.window(local_window_size)).bind(sizes))
+  if query_seq_lengths is not None or key_value_seq_lengths is not None:
+    lengths = [None if x is None else _check.per_batch(x, sizes, name) for x, name in (
+        (query_seq_lengths, "query_seq_lengths"), (key_value_seq_lengths, "key_value_seq_lengths"))]
+    parts.append(masks.RowLengths(*lengths))
+  if query_segment_ids is not None:
+    parts.append(masks.Segments(_check.per_query(query_segment_ids, sizes, "query_segment_ids"),
+                                _check.per_key(key_value_segment_ids, sizes, "key_value_segment_ids")))
+  logits = Logits(
+      scale=q.shape[-1]**-0.5 if scale is None else _check.real_scalar(scale, "scale"),
+      bias=None if bias is None else _check.bias(bias, sizes),
+      alibi_slopes=None if alibi_slopes is None else _check.slopes(alibi_slopes, sizes),
+      soft_cap=None if logits_soft_cap is None else _check.positive(logits_soft_cap, "logits_soft_cap"),
+      mask=_all_of(parts), query_positions=sizes.query_positions, key_positions=sizes.key_positions)
+  return Problem(q, k, v, logits)
+
+
+def _all_of(parts: list[masks.Mask]) -> masks.Mask | None:
+  mask = parts[0] if parts else None
+  for part in parts[1:]:
+    mask = mask & part
+  return mask
+
+

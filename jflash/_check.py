@@ -1,0 +1,231 @@
+"""Every error that a caller can meet: it names the argument, both sides and the fix, before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+
+
+def as_array(x: Any) -> Any:
+  """NumPy stays NumPy, so that what is known while tracing stays known; anything else becomes a JAX array."""
+  return x if isinstance(x, (np.ndarray, jax.Array)) else np.asarray(x) if isinstance(x, (list, tuple)) else jnp.asarray(x)
+
+
+# query, key, value ----------------------------------------------------------------------------------------------------
+
+
+def inputs(query: Any, key: Any, value: Any) -> None:
+  """Checks ranks, sizes, head counts and dtypes of `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, E]` (or without B)."""
+  if query.ndim not in (3, 4):
+    raise ValueError(f"`query` has {query.ndim} axes and shape {query.shape}; pass [B, T, N, H] or, unbatched, [T, N, H].")
+  for name, x in (("key", key), ("value", value)):
+    if x.ndim != query.ndim:
+      raise ValueError(f"`{name}` has {x.ndim} axes and `query` has {query.ndim}; pass both with, or both without, a batch axis.")
+  for name, x in (("query", query), ("key", key), ("value", value)):
+    if 0 in x.shape:
+      raise ValueError(f"`{name}` has shape {x.shape}; every size must be at least 1.")
+    if str(x.dtype) not in FLOATS:
+      raise ValueError(f"`{name}` has dtype {x.dtype}; cast it to one of {', '.join(FLOATS)}.")
+    if x.dtype != query.dtype:
+      raise ValueError(f"`{name}` has dtype {x.dtype} and `query` has {query.dtype}; cast them to one dtype.")
+  _same("key", key.shape[:-3], "query", query.shape[:-3], "batch size")
+  _same("value", value.shape[:-3], "query", query.shape[:-3], "batch size")
+  _same("value", value.shape[-3], "key", key.shape[-3], "length")
+  _same("value", value.shape[-2], "key", key.shape[-2], "number of heads")
+  _same("key", key.shape[-1], "query", query.shape[-1], "head width")
+  if query.shape[-2] % key.shape[-2]:
+    raise ValueError(f"`key` has {key.shape[-2]} heads and `query` has {query.shape[-2]}; query heads must be a multiple of key "
+                     "heads. The layout is [B, T, N, H]: heads come after the sequence.")
+
+
+def _same(name: str, size: Any, other: str, expected: Any, what: str) -> None:
+  if size != expected:
+    show = lambda s: s[0] if isinstance(s, tuple) and s else s
+    raise ValueError(f"`{name}` has {what} {show(size)} and `{other}` has {what} {show(expected)}; they must be equal. The layout "
+                     "is [B, T, N, H], with the sequence before the heads.")
+
+
+def real_scalar(x: Any, name: str) -> Any:
+  """A Python float, or `[1, 1, 1, 1]` where it is an array (which may be traced, and gets a gradient)."""
+  if isinstance(x, (bool, str)) or (not isinstance(x, (int, float)) and not hasattr(x, "dtype")):
+    raise TypeError(f"`{name}` is {x!r}; pass a number or a scalar array.")
+  if isinstance(x, (int, float, np.number)):
+    return float(x)
+  if x.size != 1 or not jnp.issubdtype(x.dtype, jnp.number):
+    raise ValueError(f"`{name}` has shape {x.shape} and dtype {x.dtype}; pass a number or a scalar array.")
+  return x.reshape(1, 1, 1, 1)
+
+
+def positive(x: Any, name: str) -> Any:
+  """A real scalar that is greater than zero (as far as that is known while tracing)."""
+  if isinstance(x, (int, float)) and not x > 0:
+    raise ValueError(f"`{name}` is {x}; it must be greater than 0, or None for none.")
+  return real_scalar(x, name)
+
+
+def both_or_none(a: Any, name_a: str, b: Any, name_b: str) -> None:
+  if (a is None) != (b is None):
+    given, missing = (name_a, name_b) if b is None else (name_b, name_a)
+    raise ValueError(f"`{given}` is given and `{missing}` is not; pass both.")
+
+
+def slopes(x: Any, sizes: Any) -> Any:
+  """ALiBi slopes `[N]` or `[B, N]` as `[B|1, N, 1, 1]`."""
+  x = as_array(x)
+  if x.shape not in ((sizes.heads,), (sizes.batch, sizes.heads)):
+    raise ValueError(f"`alibi_slopes` has shape {x.shape} and `query` has {sizes.heads} heads; pass one slope per query head, "
+                     f"({sizes.heads},) or ({sizes.batch}, {sizes.heads}).")
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f"`alibi_slopes` has dtype {x.dtype}; cast it to float32.")
+  return x.reshape((1, sizes.heads, 1, 1) if x.ndim == 1 else (sizes.batch, sizes.heads, 1, 1))
+
+
+# Arrays of masks, laid out as [B|1, N|1, T|1, S|1] --------------------------------------------------------------------
+
+
+def integers(x: Any, name: str) -> Any:
+  x = as_array(x)
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    raise ValueError(f"`{name}` has dtype {x.dtype}; cast it to int32.")
+  return x.astype(np.int32)
+
+
+def boolean(x: Any, name: str) -> None:
+  dtype = getattr(x, "dtype", None)
+  if dtype is None or not isinstance(dtype, np.dtype):  # a label or a span in place of the array
+    return
+  if dtype != np.bool_:
+    raise ValueError(f"`{name}` has dtype {dtype}; it must be bool, True where a key is seen. An additive mask goes to `bias`; "
+                     "for 0 and 1 pass `array != 0`.")
+
+
+def scalar(x: Any, name: str) -> Any:
+  x = integers(x, name)
+  if x.size != 1:
+    raise ValueError(f"`{name}` has shape {x.shape}; pass an integer or an integer scalar array.")
+  return x.reshape(1, 1, 1, 1)
+
+
+def per_batch(x: Any, sizes: Any, name: str) -> Any:
+  """Integers `[B]` (or a scalar) as `[B|1, 1, 1, 1]`."""
+  x = integers(x, name)
+  if x.shape not in ((), (1,), (sizes.batch,)):
+    raise ValueError(f"`{name}` has shape {x.shape} and the batch size is {sizes.batch}; pass one integer per batch element, "
+                     f"({sizes.batch},).")
+  return x.reshape(-1, 1, 1, 1)
+
+
+def per_query(x: Any, sizes: Any, name: str) -> Any:
+  """Integers `[B, T]` or `[T]` as `[B|1, 1, T, 1]`."""
+  return _per_token(x, sizes.batch, sizes.queries, "query", name)[:, None, :, None]
+
+
+def per_key(x: Any, sizes: Any, name: str) -> Any:
+  """Integers `[B, S]` or `[S]` as `[B|1, 1, 1, S]`."""
+  return _per_token(x, sizes.batch, sizes.keys, "key", name)[:, None, None, :]
+
+
+def _per_token(x: Any, batch: int, length: int, side: str, name: str) -> Any:
+  x = integers(x, name)
+  if x.shape not in ((length,), (1, length), (batch, length)):
+    raise ValueError(f"`{name}` has shape {x.shape} and `{side}` has batch size {batch} and length {length}; pass ({length},) or "
+                     f"({batch}, {length}).")
+  return x.reshape(-1, length)
+
+
+def at_most_4d(x: Any, name: str) -> None:
+  if x.ndim > 4:
+    raise ValueError(f"`{name}` has shape {x.shape}; it must broadcast to [B, N, T, S], at most 4 axes.")
+
+
+def per_score(x: Any, sizes: Any, name: str) -> Any:
+  """An array that broadcasts to `[B, N, T, S]`, with its leading axes filled in."""
+  x = as_array(x)
+  at_most_4d(x, name)
+  full = (sizes.batch, sizes.heads, sizes.queries, sizes.keys)
+  shape = (1,) * (4 - x.ndim) + x.shape
+  for size, expected, axis in zip(shape, full, ("batch size", "number of query heads", "query length", "key length")):
+    if size not in (1, expected):
+      raise ValueError(f"`{name}` has shape {x.shape}, which does not broadcast to [B, N, T, S] = {list(full)}: {size} against "
+                       f"the {axis} {expected}. Make that axis {expected} or 1.")
+  return x.reshape(shape)
+
+
+def batch_and_heads(shape: tuple[int, ...], sizes: Any, name: str) -> None:
+  for size, expected, axis in zip(shape, (sizes.batch, sizes.heads), ("batch size", "number of query heads")):
+    if size not in (1, expected):
+      raise ValueError(f"`{name}` has {size} along the axis of the {axis} {expected}; make it {expected} or 1.")
+
+
+def block_table(table: Any, block_shape: tuple[int, int], sizes: Any) -> Any:
+  """`[..., query blocks, key blocks]` as `[B|1, N|1, 1, 1, query blocks, key blocks]`."""
+  table = as_array(table)
+  if not 2 <= table.ndim <= 4:
+    raise ValueError(f"`masks.BlockSparse.table` has shape {table.shape}; pass [query blocks, key blocks], with up to two leading "
+                     "axes for batch and heads.")
+  leading = (1,) * (4 - table.ndim) + table.shape[:-2]
+  batch_and_heads(leading, sizes, "masks.BlockSparse.table")
+  if sizes.query_positions is None and sizes.key_positions is None:
+    needed = tuple(-(-n // b) for n, b in zip((sizes.queries, sizes.keys), block_shape))
+    if table.shape[-2:] != needed:
+      raise ValueError(f"`masks.BlockSparse.table` has {table.shape[-2]} x {table.shape[-1]} blocks of {block_shape[0]} x "
+                       f"{block_shape[1]}, and {sizes.queries} queries by {sizes.keys} keys need {needed[0]} x {needed[1]}.")
+  return table.reshape(*leading, 1, 1, *table.shape[-2:])
+
+
+def block_shape(shape: Any) -> tuple[int, int]:
+  shape = (shape, shape) if isinstance(shape, int) else tuple(shape)
+  if len(shape) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in shape):
+    raise ValueError(f"`masks.BlockSparse.block_shape` is {shape}; pass two integers >= 1, (rows, columns).")
+  return int(shape[0]), int(shape[1])
+
+
+def same_lengths(sizes: Any, name: str, missing: str) -> None:
+  if sizes.queries != sizes.keys:
+    raise ValueError(f"`{name}` has no `{missing}`, which takes as many keys as queries, and there are {sizes.queries} queries and "
+                     f"{sizes.keys} keys; pass `{missing}`.")
+
+
+# Windows and lengths --------------------------------------------------------------------------------------------------
+
+
+def window_side(value: Any, name: str) -> None:
+  if isinstance(value, bool) or isinstance(value, (float, str, list, tuple)):
+    raise TypeError(f"`{name}` is {value!r}; pass an integer >= 0, or None for no limit.")
+  if isinstance(value, int) and value < 0:
+    raise ValueError(f"`{name}` is {value}; pass an integer >= 0, or None for no limit. A window counts positions to each side, "
+                     "its own position not included.")
+
+
+def window(value: Any) -> tuple[Any, Any]:
+  """`local_window_size` as (left, right)."""
+  if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+    value = (value, value)
+  if not isinstance(value, (tuple, list)) or len(value) != 2:
+    raise ValueError(f"`local_window_size` is {value!r}; pass an integer w for (w, w), or (left, right).")
+  for side in value:
+    window_side(int(side) if isinstance(side, np.integer) else side, "local_window_size")
+  return tuple(value)
+
+
+def mask_array(x: Any, sizes: Any) -> Any:
+  """A `mask` argument that is an array."""
+  x = as_array(x)
+  if x.dtype != np.bool_:
+    raise ValueError(f"`mask` has dtype {x.dtype}; it must be bool, True where a key is seen, or a mask from jflash.masks. An "
+                     "additive mask goes to `bias`; for 0 and 1 pass `mask != 0`.")
+  return per_score(x, sizes, "mask")
+
+
+def bias(x: Any, sizes: Any) -> Any:
+  """`bias` as floats `[B|1, N|1, T|1, S|1]`."""
+  x = as_array(x)
+  if x.dtype == np.bool_ or not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+    raise ValueError(f"`bias` has dtype {x.dtype}; it must be real numbers, added to the scores. A boolean mask goes to `mask`.")
+  x = per_score(x, sizes, "bias")
+  return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(np.float32)

@@ -1,0 +1,82 @@
+"""Everything between q·k and the softmax: scale, bias, ALiBi, soft cap and mask, as one pytree that every backend maps.
+
+Its arrays are laid out as `[B|1, N|1, T|1, S|1, …]`, where a size of one broadcasts; the shape is the label. With tiles in
+place of its arrays it computes the scores of a tile, with spans in place of them it says which tiles matter, and `jax.vjp`
+of it is the only derivative of bias, ALiBi, cap and mask that there is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._pytree import pytree
+from .masks import Coordinates, Mask, Span
+
+
+@pytree
+class Logits:
+  """s = cap(scale · q·k + bias - slope · |q position - k position|), and -inf where the mask does not keep."""
+
+  scale: Any  # a float or [1, 1, 1, 1]
+  bias: Any = None  # [B|1, N|1, T|1, S|1]
+  alibi_slopes: Any = None  # [B|1, N, 1, 1]
+  soft_cap: Any = None  # a float or [1, 1, 1, 1]
+  mask: Mask | None = None
+  query_positions: Any = None  # [B|1, 1, T, 1]
+  key_positions: Any = None  # [B|1, 1, 1, S]
+
+  def coordinates(self, batch: Any, head: Any, row: Any, column: Any) -> Coordinates:
+    q = row if self.query_positions is None else self.query_positions
+    k = column if self.key_positions is None else self.key_positions
+    return Coordinates(batch, head, row, column, q, k)
+
+  def scores(self, qk: Any, at: Coordinates, masked: bool) -> Any:
+    """The scores of a tile from its products `qk`; the mask is left out where it is known to keep everything."""
+    as_scores = lambda x: x if isinstance(x, float) else x.astype(qk.dtype)
+    s = qk * as_scores(self.scale)
+    if self.bias is not None:
+      s = s + as_scores(self.bias)
+    if self.alibi_slopes is not None:
+      s = s - as_scores(self.alibi_slopes) * jnp.abs(at.q - at.k).astype(qk.dtype)
+    if self.soft_cap is not None:
+      cap = as_scores(self.soft_cap)
+      s = cap * jnp.tanh(s / cap)
+    if masked and self.mask is not None:
+      s = jnp.where(self.mask.keep(at), s, -jnp.inf)
+    return s
+
+  def table(self, queries: int, keys: int, tiles: tuple[int, int]) -> tuple[Any, Any]:
+    """(some, all) for every tile, `[B|1, N|1, T tiles, S tiles]`: NumPy arrays as far as the mask is known while tracing."""
+    counts = -(-queries // tiles[0]), -(-keys // tiles[1])
+    if self.mask is None:
+      return np.ones((1, 1, *counts), bool), np.ones((1, 1, *counts), bool)
+    spans = jax.tree.map(lambda x: _span(x, tiles), Logits(1.0, None, None, None, self.mask, self.query_positions,
+                                                           self.key_positions))
+    row, column = (_span(np.arange(n, dtype=np.int32).reshape(shape), tiles)
+                   for n, shape in ((queries, (1, 1, -1, 1)), (keys, (1, 1, 1, -1))))
+    some, every = spans.mask.tile(spans.coordinates(None, None, row, column))
+    xp = np if all(isinstance(x, (bool, np.bool_, np.ndarray)) for x in (some, every)) else jnp
+    lead = np.broadcast_shapes(np.shape(some), np.shape(every), (1, 1, 1, 1))[:2]
+    return tuple(xp.broadcast_to(xp.asarray(x), (*lead, *counts)) for x in (some, every))  # type: ignore[return-value]
+
+
+def _span(x: Any, tiles: tuple[int, int]) -> Span:
+  """Least and greatest value of `[B|1, N|1, T|1, S|1, …]` over each tile; axes past the fourth stay as they are."""
+  if x.ndim > 4:
+    return Span(x, x)
+  xp = np if isinstance(x, np.ndarray) else jnp
+  lo = hi = x
+  for axis, tile in zip((2, 3), tiles):
+    size = x.shape[axis]
+    if size == 1:
+      continue
+    count = -(-size // tile)
+    # The last tile is filled up with its own last value, which leaves its span as it is.
+    pad = [(0, count * tile - size if a == axis else 0) for a in range(4)]
+    split = lambda y: xp.pad(y, pad, mode="edge").reshape(*y.shape[:axis], count, tile, *y.shape[axis + 1:])
+    lo, hi = split(lo).min(axis=axis + 1), split(hi).max(axis=axis + 1)
+  return Span(lo, hi)

@@ -1,0 +1,133 @@
+"""How a problem is cut up: tile sizes, heads at a time, and the schedule. The only home of heuristics."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import schedule
+
+from ._problem import Problem
+
+_interpreting: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_interpret", default=False)
+_forced_tiles: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_tiles", default=None)
+
+
+class Schedule(NamedTuple):
+  """The visits row by row (a query tile and its key tiles) and column by column, `[B|1, K|1, …]` each."""
+
+  rows: schedule.Visits
+  columns: schedule.Visits
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Static choices; hashable, so that compiled functions are kept by it."""
+
+  tiles: tuple[int, int]  # query rows, key columns
+  chunk: tuple[int, int]  # batch elements and kv heads that "xla" computes at a time
+  widen: bool  # whether "xla" converts tiles to float32 before it multiplies them
+  interpret: Any  # False, True, or Pallas' interpreter parameters
+
+
+@contextlib.contextmanager
+def interpret(params: Any = True):
+  """Runs kernel backends in the Pallas interpreter, on any device: slow, and exact enough to test with.
+
+  What is traced inside is interpreted; a function that was compiled before stays as it was compiled.
+
+  Args:
+    params: True, or `jax.experimental.pallas.tpu.InterpretParams(...)`, which models memory and finds races.
+
+  Example:
+    >>> import jax, jflash
+    >>> q = jax.numpy.ones((1, 8, 2, 4))
+    >>> with jflash.interpret():
+    ...   out = jflash.attention(q, q, q, implementation="tpu")
+    >>> out.shape
+    (1, 8, 2, 4)
+  """
+  token = _interpreting.set(params)
+  try:
+    yield
+  finally:
+    _interpreting.reset(token)
+
+
+@contextlib.contextmanager
+def force_tiles(query_rows: int, key_columns: int):
+  """Takes these tile sizes instead of the chosen ones, for tests of what lies on the border of a tile."""
+  token = _forced_tiles.set((query_rows, key_columns))
+  try:
+    yield
+  finally:
+    _forced_tiles.reset(token)
+
+
+def interpreting() -> Any:
+  return _interpreting.get()
+
+
+def platform() -> str:
+  """The kind of device that is computed on: "cpu", "gpu" or "tpu"."""
+  device = jax.config.jax_default_device  # type: ignore[attr-defined]
+  if device is None:
+    return jax.default_backend()
+  name = device if isinstance(device, str) else device.platform
+  return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+def plan_xla(problem: Problem) -> Plan:
+  """Tiles of 128 to 512, and as many heads at a time as keep the scores of a step near the size of a cache."""
+  on_cpu = platform() == "cpu"
+  length = max(problem.queries, problem.keys)
+  side = 512 if length >= 4096 else 256
+  tiles = _forced_tiles.get() or (min(side, problem.queries), min(side, problem.keys))
+  lead = _table_lead(problem)
+  limit = (1 << 20 if on_cpu else 1 << 28) // (tiles[0] * tiles[1] * problem.groups)
+  heads = _divisor(problem.kv_heads, limit) if lead[1] == 1 else 1
+  batch = _divisor(problem.batch, limit // heads) if lead[0] == 1 and heads == problem.kv_heads else 1
+  return Plan(tiles, (batch, heads), on_cpu and problem.dtype == jnp.float32, False)
+
+
+def plan_tpu(problem: Problem) -> Plan:
+  """Tiles of up to 512 x 512, in multiples of 128, small enough for the tiles of wide heads to stay on chip."""
+  side = 512 if max(problem.width, problem.value_width) <= 256 else 256 if max(problem.width, problem.value_width) <= 512 else 128
+  up = lambda n: min(side, 128 * math.ceil(n / 128))
+  tiles = _forced_tiles.get() or (up(problem.queries), up(problem.keys))
+  return Plan(tiles, (1, 1), False, interpreting())
+
+
+def make_schedule(problem: Problem, plan: Plan) -> Schedule:
+  """The visits of both passes; a tile at the ragged end is partial, and query heads that share a kv head share a list."""
+  some, every = tile_table(problem, plan)
+  if some.shape[1] > 1:
+    group = lambda x: x.reshape(x.shape[0], problem.kv_heads, problem.groups, *x.shape[2:])
+    some, every = group(some).any(axis=2), group(every).all(axis=2)
+  inside = [np.arange(1, count + 1) * tile <= size
+            for size, tile, count in zip((problem.queries, problem.keys), plan.tiles, some.shape[2:])]
+  every = every & (inside[0][:, None] & inside[1][None, :])
+  return Schedule(schedule.visits(some, every), schedule.visits(some.swapaxes(-1, -2), every.swapaxes(-1, -2)))
+
+
+def tile_table(problem: Problem, plan: Plan) -> tuple[Any, Any]:
+  """(some, all) per tile, `[B|1, N|1, T tiles, S tiles]`."""
+  return problem.logits.table(problem.queries, problem.keys, plan.tiles)
+
+
+def _table_lead(problem: Problem) -> tuple[int, int]:
+  """How many batch elements and heads the mask tells apart."""
+  arrays = jax.tree.leaves((problem.logits.mask, problem.logits.query_positions, problem.logits.key_positions))
+  return tuple(max([x.shape[axis] for x in arrays], default=1) for axis in (0, 1))  # type: ignore[return-value]
+
+
+def _divisor(n: int, limit: int) -> int:
+  """The greatest divisor of n that is at most `limit`, and at least 1."""
+  return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(limit, 1))

@@ -1,0 +1,3 @@
+def supports(problem):
+  return "not yet"
+forward = cotangent = None

@@ -1,0 +1,467 @@
+"""Masks as an algebra: atoms with an element rule and a tile rule, composed with `&`, `|` and `~`.
+
+    keep(at) -> bool array        may query position at.q see key position at.k?
+    tile(at) -> (some, all)       the same for whole tiles, on the spans of their positions
+
+`some` may say True too often and `all` may say False too often, never the other way round, so every composition is sound:
+a tile without `some` is not loaded, a tile with `all` needs no mask arithmetic. An atom without a tile rule answers
+(True, False): right, just not skipped.
+
+Python numbers in an atom are static; NumPy arrays are known while tracing; JAX arrays may be traced. What an atom is made of
+is checked against the problem's sizes by `bind`, which also lays every array out as `[B|1, N|1, T|1, S|1, …]`: a size of
+one broadcasts, any further axes belong to the whole problem. After that one object serves everywhere, whatever stands in
+its leaves: arrays, tiles of them, or spans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _check
+from ._pytree import is_static, pytree
+
+
+class Span(NamedTuple):
+  """The least and the greatest value over each tile; arrays that broadcast to `[B, N, T tiles, S tiles]`."""
+
+  lo: Any
+  hi: Any
+
+
+class Coordinates(NamedTuple):
+  """Where the scores of a tile lie: batch and head numbers, row and column numbers, query and key positions.
+
+  On elements these are integer arrays that broadcast to the tile (rows and q vary along its second-to-last axis, columns and k
+  along its last); on tiles rows, columns, q and k are `Span`s. Positions are the row and column numbers unless the caller
+  gave others.
+  """
+
+  batch: Any
+  head: Any
+  row: Any
+  column: Any
+  q: Any
+  k: Any
+
+
+class Sizes(NamedTuple):
+  """What a mask is bound to: B batch, N query heads, T queries, S keys, and the positions where the caller gave any."""
+
+  batch: int
+  heads: int
+  queries: int
+  keys: int
+  query_positions: Any = None  # [B|1, 1, T, 1]
+  key_positions: Any = None  # [B|1, 1, 1, S]
+
+
+class Mask:
+  """Which keys each query may see. Combine with `&`, `|`, `~`; boolean arrays join in as `Dense`."""
+
+  def keep(self, at: Coordinates) -> Any:
+    raise NotImplementedError
+
+  def tile(self, at: Coordinates) -> tuple[Any, Any]:
+    del at
+    return np.array(True), np.array(False)
+
+  def bind(self, sizes: Sizes) -> Mask:
+    """This mask with its arrays checked against `sizes` and laid out as `[B|1, N|1, T|1, S|1, …]`."""
+    del sizes
+    return self
+
+  def __and__(self, other: Any) -> Mask:
+    return And(self, _as_mask(other))
+
+  def __rand__(self, other: Any) -> Mask:
+    return And(_as_mask(other), self)
+
+  def __or__(self, other: Any) -> Mask:
+    return Or(self, _as_mask(other))
+
+  def __ror__(self, other: Any) -> Mask:
+    return Or(_as_mask(other), self)
+
+  def __invert__(self) -> Mask:
+    return Not(self)
+
+  def __bool__(self) -> bool:
+    raise TypeError("a mask has no truth value; combine masks with `&`, `|` and `~`, not with `and`, `or` and `not`.")
+
+  def __repr__(self) -> str:
+    fields = ", ".join(f"{f.name}={_brief(getattr(self, f.name))}" for f in dataclasses.fields(self)  # type: ignore[arg-type]
+                       if getattr(self, f.name) is not None)
+    return f"{type(self).__name__.lstrip('_')}({fields})"
+
+  __array_priority__ = 1000  # so that `array & mask` asks the mask
+  __array_ufunc__ = None
+
+
+def _brief(value: Any) -> str:
+  if isinstance(value, (np.ndarray, jax.Array)):
+    return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+  return getattr(value, "__name__", repr(value))
+
+
+def _as_mask(value: Any) -> Mask:
+  if isinstance(value, Mask):
+    return value
+  if hasattr(value, "dtype"):
+    return Dense(value)
+  raise TypeError(f"a mask combines with another mask or a boolean array, not with {value!r} of type {type(value).__name__}.")
+
+
+# Composition ----------------------------------------------------------------------------------------------------------
+
+
+@pytree
+class And(Mask):
+  """Kept where both keep."""
+
+  a: Mask
+  b: Mask
+
+  def keep(self, at):
+    return self.a.keep(at) & self.b.keep(at)
+
+  def tile(self, at):
+    (some_a, all_a), (some_b, all_b) = self.a.tile(at), self.b.tile(at)
+    return some_a & some_b, all_a & all_b
+
+  def bind(self, sizes):
+    return And(self.a.bind(sizes), self.b.bind(sizes))
+
+  def __repr__(self):
+    return " & ".join(f"({x!r})" if isinstance(x, Or) else repr(x) for x in (self.a, self.b))
+
+
+@pytree
+class Or(Mask):
+  """Kept where either keeps."""
+
+  a: Mask
+  b: Mask
+
+  def keep(self, at):
+    return self.a.keep(at) | self.b.keep(at)
+
+  def tile(self, at):
+    (some_a, all_a), (some_b, all_b) = self.a.tile(at), self.b.tile(at)
+    return some_a | some_b, all_a | all_b
+
+  def bind(self, sizes):
+    return Or(self.a.bind(sizes), self.b.bind(sizes))
+
+  def __repr__(self):
+    return f"{self.a!r} | {self.b!r}"
+
+
+@pytree
+class Not(Mask):
+  """Kept where the other does not keep."""
+
+  a: Mask
+
+  def keep(self, at):
+    return ~self.a.keep(at)
+
+  def tile(self, at):
+    some, all_ = self.a.tile(at)
+    return ~all_, ~some
+
+  def bind(self, sizes):
+    return Not(self.a.bind(sizes))
+
+  def __repr__(self):
+    return f"~({self.a!r})" if isinstance(self.a, (And, Or)) else f"~{self.a!r}"
+
+
+# Atoms ----------------------------------------------------------------------------------------------------------------
+
+
+@pytree
+class Causal(Mask):
+  """A query sees the keys at its own position and before. With T != S, query 0 still sees key 0 alone, as in `jax.nn`."""
+
+  def keep(self, at):
+    return at.q >= at.k
+
+  def tile(self, at):
+    return at.q.hi >= at.k.lo, at.q.lo >= at.k.hi
+
+
+@pytree
+class Window(Mask):
+  """A query at position p sees the keys from p - left to p + right, both inclusive; None is no limit on that side.
+
+  Args:
+    left: how many positions back, an integer >= 0 (or an integer scalar array, which may be traced).
+    right: how many positions ahead, likewise.
+
+  Raises:
+    ValueError: a side is negative.
+  """
+
+  left: Any = None
+  right: Any = None
+
+  def __post_init__(self):
+    for name in ("left", "right"):
+      value = getattr(self, name)
+      if isinstance(value, np.integer):
+        object.__setattr__(self, name, value := int(value))
+      _check.window_side(value, f"masks.Window.{name}")
+
+  def keep(self, at):
+    sides = []
+    if self.left is not None:
+      sides.append(at.k >= at.q - self.left)
+    if self.right is not None:
+      sides.append(at.k <= at.q + self.right)
+    return _conjunction(sides, (at.q >= at.k) | (at.q < at.k))
+
+  def tile(self, at):
+    left, right = (Span(x, x) if not isinstance(x, Span) else x for x in (self.left, self.right))
+    some, all_ = [], []
+    if self.left is not None:
+      some.append(at.k.hi >= at.q.lo - left.hi)
+      all_.append(at.k.lo >= at.q.hi - left.lo)
+    if self.right is not None:
+      some.append(at.k.lo <= at.q.hi + right.hi)
+      all_.append(at.k.hi <= at.q.lo + right.lo)
+    return _conjunction(some, np.array(True)), _conjunction(all_, np.array(True))
+
+  def bind(self, sizes):
+    return Window(*(x if is_static(x) else _check.scalar(x, f"masks.Window.{name}")
+                    for name, x in (("left", self.left), ("right", self.right))))
+
+
+@pytree
+class Segments(Mask):
+  """Packed documents: a query sees the keys that carry its own segment id, whatever their positions.
+
+  Ids are stored per row and per column; positions do not enter.
+
+  Args:
+    query: integer ids, `[B, T]` or `[T]`.
+    key: integer ids, `[B, S]` or `[S]`; None is those of the queries (T = S).
+  """
+
+  query: Any
+  key: Any = None
+
+  def keep(self, at):
+    return self.query == self.key
+
+  def tile(self, at):
+    q, k = self.query, self.key
+    return (q.lo <= k.hi) & (k.lo <= q.hi), (q.lo == q.hi) & (k.lo == k.hi) & (q.lo == k.lo)
+
+  def bind(self, sizes):
+    key = self.key
+    if key is None:
+      _check.same_lengths(sizes, "masks.Segments", "key")
+      key = self.query
+    return Segments(_check.per_query(self.query, sizes, "masks.Segments.query"),
+                    _check.per_key(key, sizes, "masks.Segments.key"))
+
+
+@pytree
+class Lengths(Mask):
+  """Queries at positions below `query` see keys at positions below `key`; None is no limit.
+
+  Args:
+    query: an integer or integers `[B]`.
+    key: an integer or integers `[B]`.
+  """
+
+  query: Any = None
+  key: Any = None
+
+  def keep(self, at):
+    return self._keep(at.q, at.k)
+
+  def tile(self, at):
+    return self._tile(at.q, at.k)
+
+  def _keep(self, q, k):
+    sides = ([q < self.query] if self.query is not None else []) + ([k < self.key] if self.key is not None else [])
+    return _conjunction(sides, (q >= k) | (q < k))
+
+  def _tile(self, q, k):
+    some, all_ = [], []
+    for span, length in ((q, self.query), (k, self.key)):
+      if length is not None:
+        length = length if isinstance(length, Span) else Span(length, length)
+        some.append(span.lo < length.hi)
+        all_.append(span.hi < length.lo)
+    return _conjunction(some, np.array(True)), _conjunction(all_, np.array(True))
+
+  def bind(self, sizes):
+    name = f"masks.{type(self).__name__}"
+    return type(self)(*(x if is_static(x) else _check.per_batch(x, sizes, f"{name}.{side}")
+                        for side, x in (("query", self.query), ("key", self.key))))
+
+
+@pytree
+class RowLengths(Lengths):
+  """`Lengths` on row and column numbers, which positions do not replace: `query_seq_lengths`, `key_value_seq_lengths`."""
+
+  def keep(self, at):
+    return self._keep(at.row, at.column)
+
+  def tile(self, at):
+    return self._tile(at.row, at.column)
+
+
+@pytree
+class PrefixLM(Mask):
+  """Causal, except that everyone sees the keys at positions below `n`.
+
+  Args:
+    n: length of the prefix, an integer or integers `[B]`.
+  """
+
+  n: Any
+
+  def keep(self, at):
+    return (at.k < self.n) | (at.q >= at.k)
+
+  def tile(self, at):
+    n = self.n if isinstance(self.n, Span) else Span(self.n, self.n)
+    return (at.k.lo < n.hi) | (at.q.hi >= at.k.lo), (at.k.hi < n.lo) | (at.q.lo >= at.k.hi)
+
+  def bind(self, sizes):
+    return PrefixLM(self.n if is_static(self.n) else _check.per_batch(self.n, sizes, "masks.PrefixLM.n"))
+
+
+@pytree
+class Dense(Mask):
+  """A boolean array, True where a key is seen.
+
+  Args:
+    array: broadcasts to `[B, N, T, S]`. Where the caller gives positions, its last two axes are indexed by them instead
+      (an axis of size one broadcasts, positions outside see nothing), which takes T·S bytes of memory.
+  """
+
+  array: Any
+
+  def __post_init__(self):
+    _check.boolean(self.array, "masks.Dense.array")
+
+  def bind(self, sizes):
+    if sizes.query_positions is None and sizes.key_positions is None:
+      return Elements(_check.per_score(self.array, sizes, "masks.Dense.array"))
+    return Elements(_look_up(self.array, sizes))
+
+
+@pytree
+class Elements(Mask):
+  """A bound `Dense`: booleans by row and column number, `[B|1, N|1, T|1, S|1]` (or integers, nonzero where seen)."""
+
+  array: Any
+
+  def keep(self, at):
+    return self.array != 0
+
+  def tile(self, at):
+    return self.array.hi, self.array.lo
+
+
+@pytree
+class BlockSparse(Mask):
+  """A table of blocks: query position q sees key position k when `table[q // rows, k // columns]` is True.
+
+  Args:
+    table: boolean, `[query blocks, key blocks]`, with leading axes `[B or 1, N or 1]` where batches or heads differ.
+    block_shape: (rows, columns) of a block, integers >= 1. Positions outside the table see nothing.
+  """
+
+  table: Any
+  block_shape: tuple[int, int]
+
+  def __post_init__(self):
+    _check.boolean(self.table, "masks.BlockSparse.table")
+    object.__setattr__(self, "block_shape", _check.block_shape(self.block_shape))
+
+  def keep(self, at):
+    # table[q // rows, k // columns] as two products with one-hot matrices: a gather that every kernel can do, and exact.
+    table = self.table.reshape(*self.table.shape[:-4], *self.table.shape[-2:])  # [..., query blocks, key blocks]
+    table = (table != 0).astype(jnp.float32)
+    query_block = jax.lax.broadcasted_iota(jnp.int32, (1, table.shape[-2]), 1)
+    key_block = jax.lax.broadcasted_iota(jnp.int32, (table.shape[-1], 1), 0)
+    q = (at.q // self.block_shape[0] == query_block).astype(jnp.float32)  # [..., tile rows, query blocks]
+    k = (at.k // self.block_shape[1] == key_block).astype(jnp.float32)  # [..., key blocks, tile columns]
+    dot = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    return dot(dot(q, table), k) > 0.5
+
+  def tile(self, at):
+    table = self.table.lo  # [B|1, N|1, 1, 1, query blocks, key blocks], the same for every tile
+    table = table.reshape(*table.shape[:2], *table.shape[-2:])
+    xp = np if isinstance(table, np.ndarray) else jnp
+    # Summed area table: the number of True blocks in any rectangle from four of its entries.
+    sums = xp.pad(xp.cumsum(xp.cumsum(table.astype(np.int32), -2), -1), ((0, 0), (0, 0), (1, 0), (1, 0)))
+    batch = np.arange(table.shape[0])[:, None, None, None]
+    head = np.arange(table.shape[1])[None, :, None, None]
+    first = [span.lo // size for span, size in zip((at.q, at.k), self.block_shape)]
+    stop = [span.hi // size + 1 for span, size in zip((at.q, at.k), self.block_shape)]
+    (q0, k0), (q1, k1) = ([x.clip(0, n) for x, n in zip(ends, table.shape[-2:])] for ends in (first, stop))
+    corner = lambda q, k: sums[batch, head, q, k]
+    count = corner(q1, k1) - corner(q0, k1) - corner(q1, k0) + corner(q0, k0)
+    return count > 0, count == (stop[0] - first[0]) * (stop[1] - first[1])
+
+  def bind(self, sizes):
+    return BlockSparse(_check.block_table(self.table, self.block_shape, sizes), self.block_shape)
+
+
+@pytree
+class Custom(Mask):
+  """Any rule: `fn(batch, head, query position, key position) -> bool`, traceable, on integers that broadcast.
+
+  It has no tile rule, so it skips nothing by itself: `Window(255, 0) & Custom(fn)` does. In kernel backends `fn` must not close
+  over arrays.
+  """
+
+  fn: Callable[[Any, Any, Any, Any], Any]
+
+  def keep(self, at):
+    kept = self.fn(at.batch, at.head, at.q, at.k)
+    _check.boolean(kept, f"the value of masks.Custom({_brief(self.fn)})")
+    return kept
+
+
+def _conjunction(terms: list, default: Any) -> Any:
+  result = terms[0] if terms else default
+  for term in terms[1:]:
+    result = result & term
+  return result
+
+
+def _look_up(array: Any, sizes: Sizes) -> Any:
+  """`array[..., query position, key position]`, False outside: `[B|1, N|1, T|1, S|1]`."""
+  array = jnp.asarray(array)
+  _check.at_most_4d(array, "masks.Dense.array")
+  array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+  _check.batch_and_heads(array.shape, sizes, "masks.Dense.array")
+  q = sizes.query_positions if sizes.query_positions is not None else np.arange(sizes.queries)[None, None, :, None]
+  k = sizes.key_positions if sizes.key_positions is not None else np.arange(sizes.keys)[None, None, None, :]
+  rows, columns = array.shape[2:]
+  inside = True
+  index = []
+  for position, size in ((q, rows), (k, columns)):
+    if size > 1:
+      inside = inside & (position >= 0) & (position < size)
+      index.append(jnp.clip(position, 0, size - 1))
+    else:
+      index.append(np.zeros((1, 1, 1, 1), np.int32))
+  batch, head = np.arange(array.shape[0])[:, None, None, None], np.arange(array.shape[1])[None, :, None, None]
+  return array[batch, head, index[0], index[1]] & inside
+
+
+__all__ = ["Mask", "Causal", "Window", "Segments", "Lengths", "PrefixLM", "Dense", "BlockSparse", "Custom"]

@@ -1,0 +1,67 @@
+"""A table of tiles becomes lists of visits: which tiles a kernel walks, in which order, and which of them need the mask.
+
+A table `(some, all)` of shape `[B|1, K|1, rows, columns]` says for every tile whether anything, and whether everything, in it
+is kept. Each visit is one int32: row tile, column tile and kind. Lists come row by row, so that a kernel may keep a row's
+state on chip; every row has at least one visit, if only an EMPTY one, so that every output is written. The transposed
+table gives the lists for the pass that walks column by column.
+
+A NumPy table is known while tracing, and its lists are as long as the longest of them. For a traced table they are as long
+as they could be, and what is left over repeats the last tile as EMPTY: nothing new is loaded, nothing is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+_KIND_BITS, _TILE_BITS = 2, 14
+MAX_TILES = 1 << _TILE_BITS
+
+
+class Visits(NamedTuple):
+  """Lists of visits, `codes [B|1, K|1, length]`; those of row r are numbers `starts[..., r]` to `starts[..., r + 1]`."""
+
+  codes: Any
+  starts: Any  # [B|1, K|1, rows + 1]
+
+
+def outer(code: Any) -> Any:
+  """The tile along the axis that is walked slowly."""
+  return code >> (_KIND_BITS + _TILE_BITS)
+
+
+def inner(code: Any) -> Any:
+  """The tile along the axis that is walked fast."""
+  return (code >> _KIND_BITS) & (MAX_TILES - 1)
+
+
+def kind(code: Any) -> Any:
+  """EMPTY, PARTIAL or FULL."""
+  return code & 3
+
+
+def visits(some: Any, every: Any) -> Visits:
+  """Lists that walk the table `[B|1, K|1, rows, columns]` row by row; `swapaxes(-1, -2)` it first for column by column."""
+  static = isinstance(some, np.ndarray) and isinstance(every, np.ndarray)
+  xp = np if static else jnp
+  *lead, rows, columns = some.shape
+  if max(rows, columns) > MAX_TILES:
+    raise NotImplementedError(f"{rows} x {columns} tiles; at most {MAX_TILES} fit along an axis. Use larger tiles.")
+  row, column = np.arange(rows, dtype=np.int32)[:, None], np.arange(columns, dtype=np.int32)[None, :]
+  kinds = xp.where(some, xp.where(every, FULL, PARTIAL), EMPTY).astype(np.int32)
+  codes = (row << (_KIND_BITS + _TILE_BITS)) | (column << _KIND_BITS) | kinds
+  listed = some | (~xp.any(some, axis=-1, keepdims=True) & (column == 0))
+  counts = xp.sum(listed, axis=-1, dtype=np.int32)
+  starts = xp.concatenate([xp.zeros((*lead, 1), np.int32), xp.cumsum(counts, axis=-1, dtype=np.int32)], axis=-1)
+  total = starts[..., -1:]
+
+  length = int(total.max()) if static else rows * columns
+  flat = lambda x: x.reshape(*lead, rows * columns)
+  order = xp.argsort(~flat(listed), axis=-1, stable=True)
+  number = xp.minimum(np.arange(length, dtype=np.int32), total - 1)
+  codes = xp.take_along_axis(flat(codes), xp.take_along_axis(order, number, axis=-1), axis=-1)
+  left_over = np.arange(length) >= total
+  return Visits(xp.where(left_over, (codes >> _KIND_BITS) << _KIND_BITS, codes), starts)
