@@ -21,10 +21,11 @@ _forced_tiles: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_tile
 
 
 class Schedule(NamedTuple):
-  """The visits row by row (a query tile and its key tiles) and column by column, `[B|1, K|1, …]` each."""
+  """The visits row by row (a query tile and its key tiles) and column by column, and the table they come from."""
 
   rows: schedule.Visits
   columns: schedule.Visits
+  kinds: Any  # EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, T tiles, S tiles]`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,8 @@ def make_schedule(problem: Problem, plan: Plan) -> Schedule:
   inside = [np.arange(1, count + 1) * tile <= size
             for size, tile, count in zip((problem.queries, problem.keys), plan.tiles, some.shape[2:])]
   every = every & (inside[0][:, None] & inside[1][None, :])
-  return Schedule(schedule.visits(some, every), schedule.visits(some.swapaxes(-1, -2), every.swapaxes(-1, -2)))
+  kinds = schedule.kinds(some, every)
+  return Schedule(schedule.visits(kinds), schedule.visits(kinds.swapaxes(-1, -2)), kinds)
 
 
 def tile_table(problem: Problem, plan: Plan) -> tuple[Any, Any]:

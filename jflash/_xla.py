@@ -101,10 +101,8 @@ class _Walker:
     iota = lambda size, axis: lax.broadcasted_iota(jnp.int32, tuple(size if a == axis else 1 for a in range(5)), axis)
     head = (chunk.kv_head + iota(heads, 1)) * self.groups + iota(self.groups, 2)
     row, column = i * rows + iota(rows, 3), j * columns + iota(columns, 4)
-    s = logits.scores(qk, logits.coordinates(chunk.batch + iota(batch, 0), head, row, column), masked)
-    if masked and self.sizes[1] % columns:
-      s = jnp.where(column < self.sizes[1], s, -jnp.inf)
-    return s
+    inside = column < self.sizes[1] if self.sizes[1] % columns else None
+    return logits.scores(qk, logits.coordinates(chunk.batch + iota(batch, 0), head, row, column), masked, inside)
 
   def each_chunk(self, problem: Problem, visits: schedule.Visits, body: Any, init: Any) -> Any:
     """`body(chunk, carry) -> carry` over all chunks of batch elements and kv heads."""
@@ -186,12 +184,8 @@ def cotangent(problem: Problem, plan: Plan, visits: Schedule, out: Any, lse: Any
   """(dq, dk, dv, gradients of those leaves of `logits` that are `wanted`), in one pass with five products a tile."""
   walk = _Walker(problem, plan)
   to_rows = lambda x: _pad(x, 0, plan.tiles)
-  lse, dlse = lse[..., None], dlse[..., None]
-  dead = lse == -jnp.inf  # saw nothing: every gradient is 0, whatever arrives
-  dout = jnp.where(dead, 0, dout)
-  products = dout.astype(walk.dtype) * out.astype(walk.dtype)
-  delta = to_rows(jnp.where(dead, 0, jnp.sum(products, -1, keepdims=True) - dlse))
-  dout, lse = to_rows(dout), to_rows(lse)
+  dout, delta = softmax.row_cotangents(out, lse, dout, dlse)
+  dout, lse, delta = to_rows(dout), to_rows(lse[..., None]), to_rows(delta[..., None])
   leaves, structure = jax.tree.flatten(walk.logits)
   dq_shape = (*plan.chunk, walk.groups, plan.tiles[0], problem.width)
 

@@ -67,6 +67,14 @@ def dscores(p: Any, dp: Any, delta: Any) -> Any:
   return p * (dp - delta)
 
 
+def row_cotangents(out: Any, lse: Any, dout: Any, dlse: Any) -> tuple[Any, Any]:
+  """(dout, δ) for `dscores`: δ = rowsum(dO ∘ O) - dlse, `[...]`, and both 0 for rows that saw nothing, whatever arrives."""
+  dead = lse == -INF
+  dout = jnp.where(dead[..., None], jnp.zeros_like(dout), dout)
+  products = dout.astype(lse.dtype) * out.astype(lse.dtype)
+  return dout, jnp.where(dead, 0.0, jnp.sum(products, axis=-1) - dlse)
+
+
 def finite(x: Any) -> Any:
   """`x` with 0 for what is not finite, so that 0 · x is 0: for operands of which some rows count for nothing."""
   return jnp.where(jnp.isfinite(x.astype(jnp.float32)), x, jnp.zeros_like(x))
