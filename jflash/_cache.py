@@ -64,8 +64,8 @@ class Cache(NamedTuple):
     if not isinstance(positions, jax.core.Tracer) and positions.size and int(positions.max()) >= capacity:
       too_many = f"a token at position {int(positions.max())}"
     if too_many:
-      raise ValueError(f"The cache has {capacity} slots and the call brings {too_many}; make the cache longer, or empty "
-                       "it and start again.")
+      raise ValueError(f"The cache has {capacity} slots and the call brings {too_many}; make the cache longer, or "
+                       "empty it and start again.")
 
 
 def _scatter(cached, new, slots):

@@ -13,11 +13,11 @@ import numpy as np
 def head_dim(qkv_features, num_heads, num_kv_heads):
   """H, for `qkv_features` split over the query heads; raises ValueError where the sizes do not divide."""
   if qkv_features % num_heads:
-    raise ValueError(f"`qkv_features` is {qkv_features} and `num_heads` is {num_heads}; qkv_features must be a multiple "
-                     "of num_heads.")
+    raise ValueError(f"`qkv_features` is {qkv_features} and `num_heads` is {num_heads}; qkv_features must be a "
+                     "multiple of num_heads.")
   if num_heads % num_kv_heads:
-    raise ValueError(f"`num_heads` is {num_heads} and `num_kv_heads` is {num_kv_heads}; num_heads must be a multiple of "
-                     "num_kv_heads.")
+    raise ValueError(f"`num_heads` is {num_heads} and `num_kv_heads` is {num_kv_heads}; num_heads must be a multiple "
+                     "of num_kv_heads.")
   return qkv_features // num_heads
 
 
@@ -49,7 +49,9 @@ def sides(name, ids, query, key):
       raise ValueError(f"`{name}` is one array and the keys come from another input than the queries; pass a pair "
                        f"`{name}=(of_queries, of_keys)`.")
     ids = ids, ids
-  return tuple(_checked_ids(name, x, like) for x, like in zip(ids, (query, key), strict=True))
+  if len(ids) != 2 or any(x is None for x in ids):
+    raise ValueError(f"`{name}` is a tuple of {len(ids)} and must be a pair of arrays, `(of_queries, of_keys)`.")
+  return tuple(_checked_ids(name, x, like) for x, like in zip(ids, (query, key)))
 
 
 def _checked_ids(name, ids, like):

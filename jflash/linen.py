@@ -90,7 +90,7 @@ class MultiHeadAttention(nn.Module):
     q, k, v = _multihead.inputs(inputs_q, inputs_k, inputs_v, decode=self.decode)
     num_kv_heads = self.num_kv_heads or self.num_heads
     head_dim = _multihead.head_dim(self.qkv_features or q.shape[-1], self.num_heads, num_kv_heads)
-    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     dense = functools.partial(nn.DenseGeneral, kernel_init=self.kernel_init, bias_init=self.bias_init,
                               use_bias=self.use_bias, **dtypes)
     query = dense((self.num_heads, head_dim), name="query")(q)  # [batch..., T, N, H]
@@ -115,10 +115,9 @@ class MultiHeadAttention(nn.Module):
     if not self.is_initializing() and not self.has_variable("cache", "cached_key"):
       raise ValueError("`decode` is on and there is no 'cache' collection; make one with "
                        "`init(rng, inputs of shape [batch, capacity, features])` and pass it to `apply`.")
-    *leading, num_heads, head_dim = key.shape
-    empty = Cache.empty((*leading, None), num_heads, head_dim, key.dtype)
+    empty = lambda: Cache.empty((*key.shape[:-2], None), *key.shape[-2:], key.dtype)
     names = "cached_key", "cached_value", "cache_index"
-    return [self.variable("cache", name, lambda x=x: x) for name, x in zip(names, empty)]
+    return [self.variable("cache", name, lambda i=i: empty()[i]) for i, name in enumerate(names)]
 
 
 def attention_fn(query, key, value, bias=None, mask=None, broadcast_dropout=True, dropout_rng=None, dropout_rate=0.0,

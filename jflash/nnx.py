@@ -71,7 +71,7 @@ class MultiHeadAttention(nnx.Module):
     self.key = dense(self.in_kv_features, (self.num_kv_heads, self.head_dim))
     self.value = dense(self.in_kv_features, (self.num_kv_heads, self.head_dim))
     norm = functools.partial(nnx.LayerNorm, use_bias=False) if normalize_qk is True else normalize_qk
-    norms = dict(dtype=self.dtype, param_dtype=self.param_dtype, rngs=rngs)
+    norms = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
     self.query_ln = norm(self.head_dim, **norms) if norm else nnx.data(None)
     self.key_ln = norm(self.head_dim, **norms) if norm else nnx.data(None)
     self.out = dense((num_heads, self.head_dim), self.out_features, axis=(-2, -1))
@@ -147,7 +147,8 @@ class MultiHeadAttention(nnx.Module):
 
   def _cache(self) -> Cache:
     if self.cached_key is None:
-      raise ValueError("`decode` is on and the layer has no cache; call `init_cache((batch, capacity, features))` first.")
+      raise ValueError("`decode` is on and the layer has no cache; call "
+                       "`init_cache((batch, capacity, features))` first.")
     return Cache(self.cached_key[...], self.cached_value[...], self.cache_index[...])
 
 
