@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
 class Cache(NamedTuple):
@@ -18,9 +19,8 @@ class Cache(NamedTuple):
   index: jax.Array  # int32 scalar: the slot of the next token, where a call gives no positions
 
   @classmethod
-  def empty(cls, input_shape, num_heads, head_dim, dtype):
-    """A cache for inputs `[batch..., S, D]`: S slots of `num_heads` keys and values of width `head_dim`."""
-    shape = (*input_shape[:-1], num_heads, head_dim)
+  def empty(cls, shape, dtype):
+    """A cache with keys and values of `shape` `[batch..., S, K, H]`: S slots."""
     return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
   def next_positions(self, length):
@@ -30,7 +30,8 @@ class Cache(NamedTuple):
   def append(self, key, value, positions=None):
     """Writes `[batch..., T, K, H]` at `positions` (`[batch..., T]` or `[T]`; None: behind what is there).
 
-    A negative position is padding: its token is not written.
+    A negative position is padding: its token is not written. The next call without positions goes on behind the
+    largest of these.
 
     Returns:
       `(cache, full)`: the new cache, and which of the sequences `[batch...]` or `[]` had a token beyond the capacity.
@@ -61,7 +62,7 @@ class Cache(NamedTuple):
                        "but T must agree: make the cache for this batch size.")
     positions = self.next_positions(length) if positions is None else positions
     too_many = length > capacity and f"{length} tokens in one call"
-    if not isinstance(positions, jax.core.Tracer) and positions.size and int(positions.max()) >= capacity:
+    if not isinstance(positions, Tracer) and positions.size and int(positions.max()) >= capacity:
       too_many = f"a token at position {int(positions.max())}"
     if too_many:
       raise ValueError(f"The cache has {capacity} slots and the call brings {too_many}; make the cache longer, or "

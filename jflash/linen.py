@@ -61,7 +61,7 @@ class MultiHeadAttention(nn.Module):
   use_bias: bool = True
   normalize_qk: bool | Callable[..., Any] = False
   rotary: Callable[..., jax.Array] | None = None
-  attention: Callable[..., jax.Array] = _api.attention
+  attention: Callable[..., Any] = _api.attention
   decode: bool = False
 
   @nn.compact
@@ -99,10 +99,10 @@ class MultiHeadAttention(nn.Module):
     norm = functools.partial(nn.LayerNorm, use_bias=False) if self.normalize_qk is True else self.normalize_qk
     if norm:
       query, key = norm(name="query_ln", **dtypes)(query), norm(name="key_ln", **dtypes)(key)
-    cached = self._cached(key) if self.decode else None
+    cached = self._cached(key) if self.decode else []
     out, cache = _multihead.attend(
         self.attention, query, key, value, rotary=self.rotary, mask=mask, is_causal=is_causal,
-        cache=None if cached is None or self.is_initializing() else Cache(*(x.value for x in cached)),
+        cache=Cache(*(x.value for x in cached)) if cached and not self.is_initializing() else None,
         positions=_multihead.sides("positions", positions, q, k),
         segment_ids=_multihead.sides("segment_ids", segment_ids, q, k))
     if cache is not None:
@@ -115,9 +115,9 @@ class MultiHeadAttention(nn.Module):
     if not self.is_initializing() and not self.has_variable("cache", "cached_key"):
       raise ValueError("`decode` is on and there is no 'cache' collection; make one with "
                        "`init(rng, inputs of shape [batch, capacity, features])` and pass it to `apply`.")
-    empty = lambda: Cache.empty((*key.shape[:-2], None), *key.shape[-2:], key.dtype)
     names = "cached_key", "cached_value", "cache_index"
-    return [self.variable("cache", name, lambda i=i: empty()[i]) for i, name in enumerate(names)]
+    empty = lambda i: Cache.empty(key.shape, key.dtype)[i]
+    return [self.variable("cache", name, empty, i) for i, name in enumerate(names)]
 
 
 def attention_fn(query, key, value, bias=None, mask=None, broadcast_dropout=True, dropout_rng=None, dropout_rate=0.0,

@@ -55,7 +55,7 @@ class MultiHeadAttention(nnx.Module):
   def __init__(self, num_heads: int, in_features: int, qkv_features: int | None = None,
                out_features: int | None = None, num_kv_heads: int | None = None, in_kv_features: int | None = None, *,
                normalize_qk: bool | Callable[..., Any] = False, rotary: Callable[..., jax.Array] | None = None,
-               attention: Callable[..., jax.Array] = _api.attention, rngs: nnx.Rngs, **linear: Any):
+               attention: Callable[..., Any] = _api.attention, rngs: nnx.Rngs, **linear: Any):
     self.num_heads, self.in_features = num_heads, in_features
     self.qkv_features = qkv_features or in_features
     self.out_features = out_features or in_features
@@ -72,12 +72,12 @@ class MultiHeadAttention(nnx.Module):
     self.value = dense(self.in_kv_features, (self.num_kv_heads, self.head_dim))
     norm = functools.partial(nnx.LayerNorm, use_bias=False) if normalize_qk is True else normalize_qk
     norms = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
-    self.query_ln = norm(self.head_dim, **norms) if norm else nnx.data(None)
-    self.key_ln = norm(self.head_dim, **norms) if norm else nnx.data(None)
+    self.query_ln: Any = norm(self.head_dim, **norms) if norm else nnx.data(None)
+    self.key_ln: Any = norm(self.head_dim, **norms) if norm else nnx.data(None)
     self.out = dense((num_heads, self.head_dim), self.out_features, axis=(-2, -1))
-    self.cached_key: nnx.Cache | None = nnx.data(None)
-    self.cached_value: nnx.Cache | None = nnx.data(None)
-    self.cache_index: nnx.Cache | None = nnx.data(None)
+    self.cached_key: Any = nnx.data(None)  # nnx.Cache once `init_cache` was called, as the next two
+    self.cached_value: Any = nnx.data(None)
+    self.cache_index: Any = nnx.data(None)
 
   def __call__(self, inputs_q: jax.Array, inputs_k: jax.Array | None = None, inputs_v: jax.Array | None = None, *,
                mask: Any = None, positions: Any = None, segment_ids: Any = None, is_causal: bool = False,
@@ -125,7 +125,8 @@ class MultiHeadAttention(nnx.Module):
 
     `dtype` is that of the cached keys and values; default the layer's `dtype`, else its `param_dtype`.
     """
-    cache = Cache.empty(input_shape, self.num_kv_heads, self.head_dim, dtype or self.dtype or self.param_dtype)
+    shape = (*input_shape[:-1], self.num_kv_heads, self.head_dim)
+    cache = Cache.empty(shape, dtype or self.dtype or self.param_dtype)
     self.cached_key, self.cached_value, self.cache_index = map(nnx.Cache, cache)
 
   def set_view(self, decode: bool | None = None, batch_size: int | tuple[int, ...] | None = None,
@@ -141,7 +142,7 @@ class MultiHeadAttention(nnx.Module):
       self.decode = decode
     if (batch_size is None) != (max_length is None):
       raise ValueError(f"`batch_size` is {batch_size} and `max_length` is {max_length}; a cache needs both.")
-    if batch_size is not None:
+    if batch_size is not None and max_length is not None:
       batch = (batch_size,) if isinstance(batch_size, int) else batch_size
       self.init_cache((*batch, max_length, self.in_features))
 

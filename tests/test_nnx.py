@@ -150,7 +150,8 @@ def test_cross_attention_takes_pairs():
   ids, positions = jnp.array([0] * 4 + [1] * 5), jnp.arange(9) + 3
   expected = call(layer, x, segment_ids=ids, positions=positions, is_causal=True)
   order = jnp.array([4, 2, 0, 8, 6, 7, 5, 3, 1])  # keys may come in any order, if they bring what belongs to them
-  mixed = call(layer, x, x[:, order], segment_ids=(ids, ids[order]), positions=(positions, positions[order]), is_causal=True)
+  mixed = call(layer, x, x[:, order], segment_ids=(ids, ids[order]), positions=(positions, positions[order]),
+               is_causal=True)
   close(mixed, expected)
 
 
@@ -279,8 +280,8 @@ def test_view_switches_decoding_on():
 
 def moved(num_heads=4, in_features=12, **config):
   """Flax's layer as it is, and with our function."""
-  make = lambda **more: nnx.MultiHeadAttention(num_heads, in_features, decode=False, rngs=nnx.Rngs(0), kernel_init=zeros, **config,
-                                              **more)
+  make = functools.partial(nnx.MultiHeadAttention, num_heads, in_features, decode=False, rngs=nnx.Rngs(0),
+                           kernel_init=zeros, **config)
   flax, ours = randomized(make()), make(attention_fn=jflash.nnx.attention_fn)
   load(ours, flax)
   return flax, ours
