@@ -228,6 +228,14 @@ def test_prompts_of_different_lengths():
     close(call(layer, token, positions=(lengths + i)[:, None], decode=True), expected)
 
 
+def test_padding_is_not_kept():
+  layer = poisoned(MultiHeadAttention(4, 12, kernel_init=zeros, rngs=nnx.Rngs(0)), (2,), 3)
+  call(layer, normal(0, 2, 2, 12), positions=jnp.array([[-1, 2], [0, -1]]), decode=True)
+  written = jnp.isfinite(layer.cached_key[...]).all((-1, -2))
+  np.testing.assert_array_equal(written, [[False, False, True], [True, False, False]])
+  assert layer.cache_index[...] == 3
+
+
 def test_a_mask_while_decoding_covers_the_cache():
   layer, x = model(jflash.attention), normal(0, 2, 6, 12)
   hidden = jnp.array([1.0, 0, 1, 1, 1, 1, 1, 1])[None, None, None]
