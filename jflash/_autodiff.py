@@ -28,7 +28,7 @@ OUT_NAME, LSE_NAME = "jflash_out", "jflash_lse"  # for policies of `jax.checkpoi
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def attend(backend: str, plan: _plan.Plan, problem: Problem, schedule: _plan.Schedule) -> tuple[Any, Any]:
   """`(out [B, T, N, E], lse [B, T, N])`, both differentiable in q, k, v and every float array of the logits."""
-  return _backends.get(backend).forward(problem, plan, schedule)
+  return _backends.get(backend).load().forward(problem, plan, schedule)
 
 
 def _attend_jvp(backend, plan, primals, tangents):
@@ -51,7 +51,7 @@ def _attend_jvp(backend, plan, primals, tangents):
 
   def transpose(residuals, cotangents):
     problem, schedule, out, lse = residuals
-    dq, dk, dv, dlogits = _backends.get(backend).cotangent(problem, plan, schedule, out, lse, *cotangents, wanted=moves[3:])
+    dq, dk, dv, dlogits = _backends.get(backend).load().cotangent(problem, plan, schedule, out, lse, *cotangents, wanted=moves[3:])
     return [g for m, g in zip(moves[:3], (dq, dk, dv)) if m] + dlogits
 
   moving = [d for m, d in zip(moves, dleaves) if m]

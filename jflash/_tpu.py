@@ -17,22 +17,16 @@ from ._problem import Problem
 
 
 def supports(problem: Problem) -> str | None:
-  """None, or why the kernels cannot compute this problem here."""
-  if _plan.platform() != "tpu" and not _plan.interpreting():
-    return (f"it needs a TPU and this is a {_plan.platform()}; `with jflash.interpret():` runs its kernels in the Pallas "
-            "interpreter")
+  """None, or why the kernels cannot compute this problem."""
   if problem.q.dtype == jnp.float64:
     return "a TPU has no float64; use implementation='xla'"
-  if reason := _closes_over_arrays(problem.logits.mask):
-    return reason
-  return None
+  return _closes_over_arrays(problem.logits.mask)
 
 
 def _closes_over_arrays(mask: Any) -> str | None:
   """Whether a `Custom` function in the mask brings arrays of its own, which a kernel has no way to load."""
-  is_custom = lambda x: isinstance(x, masks.Custom)
   for part in _parts(mask):
-    if is_custom(part):
+    if isinstance(part, masks.Custom):
       point = jax.ShapeDtypeStruct((1, 1), np.int32)
       if any(np.ndim(c) for c in jax.make_jaxpr(part.fn)(*[point] * 4).consts):
         return f"the function of {part!r} closes over an array; use implementation='xla', or BlockSparse or Dense for a table"

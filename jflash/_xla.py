@@ -19,6 +19,11 @@ from ._problem import Problem
 from ._xla_walk import Chunk, Walk, by_kind
 
 
+def supports(problem: Problem) -> str | None:
+  """None: it computes everything."""
+  del problem
+
+
 @functools.partial(jax.jit, static_argnames="plan")
 def forward(problem: Problem, plan: Plan, schedule: Schedule) -> tuple[Any, Any]:
   """`(out [B, T, N, E], lse [B, T, N])`."""
