@@ -15,7 +15,7 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "
 CHIPS = tuple(TOPOLOGIES)
 
 
-def device(chip: str) -> jax.Device:
+def device(chip: str) -> Any:  # a jax.Device, which type checkers take for a variable
   """A device of the named chip, good for compiling only; skips the calling test where libtpu is not installed.
 
   With `JFLASH_REQUIRE_LIBTPU=1`, as in CI, the test fails instead: there, a skip would hide that nothing was compiled.
