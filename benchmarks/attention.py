@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jflash
 
@@ -61,8 +62,8 @@ class Shape:
     q = (self.batch, self.length, self.heads, self.width)  # [B, T, N, H]
     kv = (self.batch, self.length, self.kv_heads, self.width)  # [B, T, K, H]
     shapes = (q, kv, kv, q) if backward else (q, kv, kv)
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return tuple(jax.random.normal(key, shape, jnp.float32).astype(dtype) for key, shape in zip(keys, shapes))
+    draw = np.random.default_rng(0).standard_normal
+    return tuple(jnp.asarray(draw(shape, np.float32), dtype) for shape in shapes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,29 +90,31 @@ def candidates(implementations: Sequence[str], peers: Sequence[str]) -> dict[str
 
 
 def measure(shape: Shape, dtype: str, backward: bool, functions: dict[str, Callable], args: Any) -> Iterator[Row]:
-  """One row for each function: all of them compiled, those that fit measured in turns."""
+  """One row for each function: all of them compiled, those that run measured in turns."""
   inputs = shape.inputs(dtype, backward)
-  rows, calls = {}, {}
+  rows, calls = [], {}
   for name, function in functions.items():
     row = Row(PASSES[backward], dtype, shape.length, name, flops=shape.flops(backward))
     try:
       compiled = jax.jit(_workload(function, shape, backward)).lower(*inputs).compile()
-    except (RuntimeError, ValueError) as error:  # NotImplementedError and JaxRuntimeError are RuntimeErrors
-      rows[name] = dataclasses.replace(row, note=f"{type(error).__name__}: {_first_line(error)}")
-      continue
-    analysis = compiled.memory_analysis()
-    temp = None if analysis is None else analysis.temp_size_in_bytes
-    rows[name] = dataclasses.replace(row, temp_bytes=temp)
-    if temp is not None and temp > args.memory_limit * 2**30:
-      note = f"skipped: {temp / 2**30:.1f} GiB of temporary memory, the limit is {args.memory_limit:.1f}"
-      rows[name] = dataclasses.replace(rows[name], note=note)
-    else:
+      row = dataclasses.replace(row, temp_bytes=_temp_bytes(compiled))
+      if (row.temp_bytes or 0) > args.memory_limit * 2**30:
+        raise MemoryError(f"{row.temp_bytes / 2**30:.3g} GiB of temporary memory, the limit is {args.memory_limit:.3g}")
+      jax.block_until_ready(compiled(*inputs))
       calls[name] = functools.partial(compiled, *inputs)
+    except (RuntimeError, ValueError, MemoryError) as error:  # NotImplementedError, JaxRuntimeError are RuntimeErrors
+      row = dataclasses.replace(row, note=f"{type(error).__name__}: {_first_line(error)}")
+    rows.append(row)
   times = interleave(calls, repeats=args.repeats, seconds=args.seconds) if calls else {}
-  base = next((times[name] for name in functions if name in times and name.startswith("jax.nn")), None)
-  for name, row in rows.items():
-    speedup = times[name].speedup(base) if name in times and base else None
-    yield dataclasses.replace(row, times=times.get(name), speedup=speedup)
+  base = next((time for name, time in times.items() if name.startswith("jax.nn")), None)
+  for row in rows:
+    speedup = times[row.name].speedup(base) if row.name in times and base else None
+    yield dataclasses.replace(row, times=times.get(row.name), speedup=speedup)
+
+
+def _temp_bytes(compiled: Any) -> int | None:
+  analysis = compiled.memory_analysis()
+  return None if analysis is None else analysis.temp_size_in_bytes
 
 
 def _workload(function: Callable, shape: Shape, backward: bool) -> Callable:
@@ -130,7 +133,7 @@ def _first_line(error: Exception) -> str:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0],
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   words = lambda text: text.split(",")
   integers = lambda text: [int(word) for word in text.split(",")]
@@ -144,7 +147,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--window", type=int, help="keys to the left, and without --causal to the right, that are seen")
   parser.add_argument("--implementation", type=words, default=["None"], help="of jflash, with commas between")
   parser.add_argument("--peers", type=words, default=["xla", "cudnn"] if jax.default_backend() == "gpu" else ["xla"],
-                      help="implementations of jax.nn.dot_product_attention; the first that runs is what ratios refer to")
+                      help="implementations of jax.nn.dot_product_attention; ratios refer to the first that runs")
   parser.add_argument("--repeats", type=int, default=30, help="rounds at most")
   parser.add_argument("--seconds", type=float, default=10.0, help="that one case may take, after compiling")
   parser.add_argument("--memory-limit", type=float, default=machine.memory() * 0.6 / 2**30, metavar="GIB",

@@ -7,7 +7,7 @@ import platform
 import re
 
 import jax
-import jaxlib
+import jaxlib.version
 
 import jflash
 
@@ -33,7 +33,7 @@ def header() -> dict[str, str]:
   """What a table must say for its numbers to mean anything."""
   return {
     "Device": device_name(),
-    "Software": f"jflash {jflash.__version__}, JAX {jax.__version__}, jaxlib {jaxlib.__version__}, "
+    "Software": f"jflash {jflash.__version__}, JAX {jax.__version__}, jaxlib {jaxlib.version.__version__}, "
                 f"Python {platform.python_version()}",
     "Date": datetime.date.today().isoformat(),
   }

@@ -5,9 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 COLUMNS = ("pass", "dtype", "T", "implementation", "ms", "±%", "× jax.nn", "TFLOP/s", "temp MiB", "rounds")
+# How the dtypes are told apart in the plot.
+STYLES: tuple[dict[str, Any], ...] = (
+  {"linestyle": "-", "marker": "o"},
+  {"linestyle": "--", "marker": "s", "markerfacecolor": "white"},
+  {"linestyle": ":", "marker": "^"},
+)
 LEGEND = """\
 ms: median over the rounds, in which the implementations took turns; ±%: half the distance between the quartiles.
-× jax.nn: how many times faster than the first `jax.nn.dot_product_attention` row of the same case (above 1 is faster).
+× jax.nn: how many times faster than the first measured `jax.nn.dot_product_attention` of the same case; below 1 slower.
 TFLOP/s: 4·B·N·H flops a kept pair, 3.5 times that with the backward pass. temp MiB: temporary memory that the compiled
 program asks for, beside its inputs and outputs.
 """
@@ -23,7 +29,8 @@ def cells(row: Any) -> tuple[str, ...]:
     f"{row.flops / times.median / 1e12:.3g}",
   )
   temp = "—" if row.temp_bytes is None else f"{row.temp_bytes / 2**20:.4g}"
-  return (row.direction, row.dtype, str(row.length), row.name, *measured, temp, str(len(times.rounds)) if times else "—")
+  rounds = "—" if times is None else str(len(times.rounds))
+  return (row.direction, row.dtype, str(row.length), row.name, *measured, temp, rounds)
 
 
 def line(row: Any) -> str:
@@ -51,9 +58,9 @@ def plot(path: pathlib.Path, title: str, rows: Sequence[Any]) -> None:
   from matplotlib.lines import Line2D
 
   directions, names, dtypes = (_unique(getattr(r, field) for r in rows) for field in ("direction", "name", "dtype"))
-  colours = dict(zip(names, plt.get_cmap("tab10").colors))
-  styles = dict(zip(dtypes, (dict(linestyle="-", marker="o"), dict(linestyle="--", marker="s", markerfacecolor="white"),
-                             dict(linestyle=":", marker="^"))))
+  colours = {name: f"C{i}" for i, name in enumerate(names)}
+  widths = {name: 3.2 if i == 0 else 1.5 for i, name in enumerate(names)}  # the first stays visible below the others
+  styles = dict(zip(dtypes, STYLES))
   quantities = {
     "time, ms": lambda r: None if r.times is None else 1e3 * r.times.median,
     # A logarithmic axis has no zero: a program without temporary memory is drawn at 1 KiB.
@@ -68,7 +75,7 @@ def plot(path: pathlib.Path, title: str, rows: Sequence[Any]) -> None:
           points = [(r.length, quantity(r)) for r in rows if (r.direction, r.name, r.dtype) == (direction, name, dtype)]
           points = sorted((x, y) for x, y in points if y is not None)
           if points:
-            axis.plot(*zip(*points), color=colours[name], markersize=5, linewidth=1.6, **styles[dtype])
+            axis.plot(*zip(*points), color=colours[name], markersize=5, linewidth=widths[name], **styles[dtype])
       _frame(axis, sorted({r.length for r in rows}))
     row_axes[0].set_ylabel(label)
   for direction, top, bottom in zip(directions, axes[0], axes[-1]):
@@ -86,6 +93,7 @@ def _frame(axis: Any, lengths: Sequence[int]) -> None:
   axis.set_xscale("log", base=2)
   axis.set_yscale("log")
   axis.set_xticks(lengths, [str(t) if t < 1024 or t % 1024 else f"{t // 1024}K" for t in lengths])
+  axis.yaxis.set_major_formatter("{x:g}")
   axis.minorticks_off()
   axis.grid(True, color="0.9")
   axis.spines[["top", "right"]].set_visible(False)
