@@ -9,17 +9,12 @@ def _threads_per_worker() -> int:
   return max(2, (os.cpu_count() or 2) // workers)
 
 
-_ENVIRONMENT = {
-  "JAX_PLATFORMS": "cpu",
-  # XLA's CPU client reads the size of its thread pool from here.
-  "NPROC": str(_threads_per_worker()),
-  # libtpu, which is here for its compiler: do not ask the cloud which TPU this is, take any host as good, and let
-  # several processes load it at once (tests/tpu_topology.py).
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
-for _name, _value in _ENVIRONMENT.items():
-  os.environ.setdefault(_name, _value)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA's CPU client reads the size of its thread pool from here.
+os.environ.setdefault("NPROC", str(_threads_per_worker()))
+# libtpu is here for its compiler (tests/tpu_topology.py), and several processes load it at once.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+if "tpu" not in os.environ["JAX_PLATFORMS"]:  # a real one describes itself; otherwise do not ask the cloud which it is
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
