@@ -1,5 +1,5 @@
 # Every target works on a fresh clone: the first one makes the virtual environment and installs the project into it.
-# A later one installs again only if pyproject.toml has changed since.
+# A later one installs again only if pyproject.toml has changed since. For another PYTHON, `make clean` or name a VENV.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -27,7 +27,7 @@ install: $(STAMP)  ## make the virtual environment; EXTRAS=...,cuda or EXTRAS=..
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jflash needs Python 3.11 or newer; say which with make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)  # over another Python's environment it would make a mixture
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[$(EXTRAS)]"
 	@touch $@
 
