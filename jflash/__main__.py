@@ -1,7 +1,8 @@
 """`python -m jflash`: what is installed, what works here, and whether it computes the right numbers.
 
 Every backend that works is compared with dense attention in float64, forward and gradients. An error may be twice (for
-gradients three times) the error of dense attention in the inputs' own dtype, plus two roundings of the result.
+gradients three times) the error of dense attention in the inputs' own dtype (in float32 for lse, which is never less),
+plus two roundings of the result.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jflash
-from jflash import _api, _backends, _plan, _reference, masks
+from jflash import _backends, _plan, _reference, masks
 
 
 class Case(NamedTuple):
-  """One comparison: sizes `[B, T, S, N, K, H, E]`, and what `make` adds as `(ours, reference's, which of them are moved)`."""
+  """One comparison: sizes (B, T, S, N, K, H, E), and `make(rng)`, more arguments of `attention` and of the reference."""
 
   name: str
   dtype: Any
@@ -95,24 +96,32 @@ def check(case: Case, implementation: str) -> tuple[Finding, Finding]:
 
   got = _outputs_and_gradients(attend, tensors, moved, dout, dlse)
   naive = _outputs_and_gradients(dense(case.dtype), tensors, moved, dout, dlse)
+  if case.dtype != jnp.float32:
+    naive["lse"] = np.asarray(jax.jit(dense(jnp.float32))(*tensors, moved)[1])
   with jax.enable_x64(True), _on_cpu():
     wide = [jnp.asarray(np.asarray(x, np.float64)) for x in tensors]
     moved = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in moved.items()}
     truth = _outputs_and_gradients(dense(jnp.float64), wide, moved, dout, dlse)
 
   findings = {name: _compare(name, got[name], naive[name], truth[name], case.dtype) for name in truth}
-  worst = lambda names: max((findings[name] for name in names), key=lambda f: (not f.ok, f.error / max(f.allowed, 1e-30)))
-  return worst(["out", "lse"]), worst([name for name in findings if name not in ("out", "lse")])
+  badness = lambda finding: (not finding.ok, finding.error / max(finding.allowed, 1e-30))
+  outputs = [findings.pop(name) for name in ("out", "lse")]
+  return max(outputs, key=badness), max(findings.values(), key=badness)
 
 
-def _outputs_and_gradients(attend: Callable, tensors: list[Any], moved: dict[str, Any], dout: Any, dlse: Any) -> dict[str, Any]:
-  """{"out", "lse", "dquery", …} as NumPy arrays, for cotangents `dout [B, T, N, E]` and `dlse [B, T, N]`; lse -inf gets none."""
+def _outputs_and_gradients(attend: Callable, tensors: list[Any], moved: dict[str, Any], dout: Any,
+                           dlse: Any) -> dict[str, Any]:
+  """{"out", "lse", "dquery", …} as NumPy arrays, for cotangents `dout [B, T, N, E]` and `dlse [B, T, N]`.
+
+  Where lse is -inf it is left out, and has cotangent 0.
+  """
 
   @jax.jit
   def both(*args):
     (out, lse), pull = jax.vjp(attend, *args)
     seen = jnp.isfinite(lse)
-    return out, jnp.where(seen, lse, 0), *pull((jnp.asarray(dout, out.dtype), jnp.where(seen, dlse, 0).astype(lse.dtype)))
+    cotangents = jnp.asarray(dout, out.dtype), jnp.where(seen, dlse, 0).astype(lse.dtype)
+    return out, jnp.where(seen, lse, 0), *pull(cotangents)
 
   out, lse, *gradients, dmoved = jax.tree.map(np.asarray, both(*tensors, moved))
   return {"out": out, "lse": lse, **dict(zip(("dquery", "dkey", "dvalue"), gradients)),
@@ -120,7 +129,7 @@ def _outputs_and_gradients(attend: Callable, tensors: list[Any], moved: dict[str
 
 
 def _compare(name: str, got: Any, naive: Any, truth: Any, dtype: Any) -> Finding:
-  """Error against the allowance of the page's head; outputs that are float32 in every dtype are rounded as such."""
+  """Error against what is allowed; outputs that are float32 whatever the inputs are rounded as such."""
   error, dense_error = (float(np.abs(np.asarray(x, np.float64) - truth).max()) for x in (got, naive))
   rounded = truth.astype(np.float32 if name in ("lse", "dbias") else dtype)
   shift = rounded.dtype.type(0.3)
@@ -184,8 +193,9 @@ def report_checks(name: str, cases: tuple[Case, ...]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
   """Prints the report; 1 when a check fails, else 0."""
-  parser = argparse.ArgumentParser(prog="python -m jflash", description="What works here, checked against dense attention.")
-  parser.add_argument("--interpret", action="store_true", help="check kernels without their hardware too, on a small case")
+  parser = argparse.ArgumentParser("python -m jflash", description="What works here, checked against dense attention.")
+  parser.add_argument("--interpret", action="store_true",
+                      help="check kernels whose hardware is absent too, in the Pallas interpreter, on a small case")
   arguments = parser.parse_args(argv)
 
   print("  ".join(f"{name} {version}" for name, version in versions().items()))
@@ -195,7 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"no device: {error}")
     return 1
   kinds = [device.device_kind for device in devices]
-  print("devices  " + ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) + f" ({_plan.platform()})")
+  counted = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+  print(f"devices  {counted} ({_plan.platform()})")
 
   reasons = {name: why_not(name) for name in _backends.NAMES}
   for name, reason in reasons.items():
@@ -206,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     if reason is None:
       right = report_checks(name, CASES) and right
     elif arguments.interpret:
-      with _api._plan.interpret():
+      with jflash.interpret():
         right = report_checks(name, (SMALL,)) and right
   print("\nall is right" if right else "\nFAIL: at least one check is wrong here; please report it with these lines")
   return 0 if right else 1

@@ -29,13 +29,14 @@ class Explanation:
     mask: everything that masks (mask, is_causal, window, lengths, segments) as one expression; None without any.
     tiles: (query rows, key columns) of a tile.
     tile_count: tiles of all batch elements and query heads, skipped ones included.
-    skipped, partial, full: the shares of tiles that are not computed, computed with the mask, and computed without it. A
-      tile that reaches past the last query or key is partial. Query heads that share a key head share their visits: a tile is
-      skipped where all of them skip it. None where data decides at run time.
+    skipped, partial, full: the shares of tiles that are not computed, computed with the mask, and computed without it.
+      A tile that reaches past the last query or key is partial. Query heads that share a key head share their visits: a
+      tile is skipped where all of them skip it. None where data decides at run time.
     decided: when it is decided which tiles are skipped, and by what.
-    saved: bytes kept from the forward for the backward pass, by name: query, key, value, out, lse, `logits` (the arrays of
-      bias, slopes, scale, cap, mask and positions), `schedule` (the visit lists). Nothing else is saved.
-    naive_saved: the same for dense attention: query, key, value and the probabilities `[B, N, T, S]` in the scores' dtype.
+    saved: bytes kept from the forward for the backward pass, by name: query, key, value, out, lse, `logits` (the arrays
+      of bias, slopes, scale, cap, mask and positions), `schedule` (the visit lists). Nothing else is saved.
+    naive_saved: the same for dense attention: query, key, value and the probabilities `[B, N, T, S]`, float32 (float64 for
+      float64).
   """
 
   backend: str
@@ -137,10 +138,10 @@ def _explain(arguments: dict[str, Any]) -> Explanation:
   out = problem.batch * problem.queries * problem.heads * problem.value_width * np.dtype(problem.v.dtype).itemsize
   saved = {**inputs, "out": out, "lse": scores, "logits": _size(problem.logits), "schedule": _size(visits)}
   return Explanation(
-      backend=backend.name, passed_over=passed_over, interpreted=bool(plan.interpret), shapes=shapes, dtype=str(problem.q.dtype),
-      mask=None if problem.logits.mask is None else repr(problem.logits.mask), tiles=plan.tiles,
-      tile_count=problem.batch * problem.heads * grid, skipped=skipped, partial=partial, full=full, decided=_decided(problem),
-      saved=saved, naive_saved=sum(inputs.values()) + scores * problem.keys)
+      backend=backend.name, passed_over=passed_over, interpreted=bool(plan.interpret), shapes=shapes,
+      dtype=str(problem.q.dtype), mask=None if problem.logits.mask is None else repr(problem.logits.mask), tiles=plan.tiles,
+      tile_count=problem.batch * problem.heads * grid, skipped=skipped, partial=partial, full=full,
+      decided=_decided(problem), saved=saved, naive_saved=sum(inputs.values()) + scores * problem.keys)
 
 
 def _decided(problem: Problem) -> str:
@@ -149,7 +150,8 @@ def _decided(problem: Problem) -> str:
   if logits.mask is None:
     return "there is no mask"
   parts = {"mask": logits.mask, "query_positions": logits.query_positions, "key_value_positions": logits.key_positions}
-  leaves = [(jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in jax.tree_util.tree_leaves_with_path(parts)]
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+  leaves = [(name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(parts)]
   if traced := [name for name, x in leaves if isinstance(x, jax.core.Tracer)]:
     return f"decided at run time, by what is traced: {', '.join(traced)}"
   if arrays := [name for name, x in leaves if not isinstance(x, np.ndarray)]:

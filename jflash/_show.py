@@ -26,8 +26,8 @@ class TileMap:
   """The tiles of a mask. `str` and `repr` both draw it, so that it appears at the prompt and with `print` alike.
 
   Attributes:
-    kinds: 0 skipped, 1 partial, 2 full for every tile, `[B|1, N|1, query tiles, key tiles]`; an axis along which the mask is
-      the same everywhere has size one.
+    kinds: 0 skipped, 1 partial, 2 full for every tile, `[B|1, N|1, query tiles, key tiles]`; an axis that the mask does
+      not look at has size one.
     tiles: (query rows, key columns) of a tile.
     queries, keys: T and S.
     mask: the mask as text.
@@ -59,7 +59,8 @@ class TileMap:
     label = len(str(self.queries))
     cells = min(_CELLS, max(1, (min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns) - label - 1) // 2))
     factor = max(-(-rows // cells), -(-columns // cells))  # tiles along a side of a cell
-    lines = [f"{self.mask}: {self.queries} queries (down) by {self.keys} keys (across), tiles of {self.tiles[0]} x {self.tiles[1]}"]
+    lines = [f"{self.mask}: {self.queries} queries (down) by {self.keys} keys (across), "
+             f"tiles of {self.tiles[0]} x {self.tiles[1]}"]
     drawn = [(b, h) for b in range(batch) for h in range(heads)]
     drawn = drawn if len(drawn) <= _MAPS else drawn[:1]
     for b, h in drawn:
@@ -71,8 +72,8 @@ class TileMap:
     mixed = "" if factor == 1 else f", or mixed: each mark is {factor} x {factor} tiles"
     everywhere = "" if batch * heads == 1 else f" over all {batch} x {heads} of batch x heads"
     lines.append(f"{INK[schedule.FULL]} full, {INK[schedule.PARTIAL]} partial{mixed}, {INK[schedule.EMPTY]} skipped")
-    lines.append(f"{_percent(self.skipped)} of {self.kinds.size} tiles skipped, {_percent(self.partial)} need the mask, "
-                 f"{_percent(self.full)} are full{everywhere}")
+    lines.append(f"{_percent(self.skipped)} of {self.kinds.size} tiles skipped, "
+                 f"{_percent(self.partial)} need the mask, {_percent(self.full)} are full{everywhere}")
     return "\n".join(lines)
 
   __repr__ = __str__
@@ -89,7 +90,7 @@ def show(mask: Any, queries: int, keys: int, *, tiles: int | tuple[int, int] = (
     mask: a mask from `jflash.masks`, or a boolean array that broadcasts to `[B, N, T, S]`. It must not be traced.
     queries: T.
     keys: S.
-    tiles: (query rows, key columns) of a tile, or one number for both. `attention` chooses its own: see `jflash.explain`.
+    tiles: (query rows, key columns) of a tile, or one number for both. `attention` chooses its own; `jflash.explain` tells.
     query_positions, key_value_positions: as in `attention`, integers `[B, T]` or `[T]`, `[B, S]` or `[S]`.
 
   Returns:
@@ -115,7 +116,8 @@ def show(mask: Any, queries: int, keys: int, *, tiles: int | tuple[int, int] = (
   sides = (tiles, tiles) if isinstance(tiles, (int, np.integer)) else tuple(tiles)
   if len(sides) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in sides):
     raise ValueError(f"`tiles` is {tiles!r}; pass two integers >= 1, (query rows, key columns), or one for both.")
-  batch, heads = (max(sizes) for sizes in zip(_leading(mask), *(_leading_of(x, 1) for x in (query_positions, key_value_positions))))
+  leads = _leading(mask), _leading_of(query_positions, 1), _leading_of(key_value_positions, 1)
+  batch, heads = (max(sizes) for sizes in zip(*leads))
   sizes = masks.Sizes(batch, heads, int(queries), int(keys))
   if query_positions is not None:
     sizes = sizes._replace(query_positions=_check.per_query(query_positions, sizes, "query_positions"))
@@ -125,14 +127,16 @@ def show(mask: Any, queries: int, keys: int, *, tiles: int | tuple[int, int] = (
   tile = min(int(sides[0]), sizes.queries), min(int(sides[1]), sizes.keys)
   kinds = tile_kinds(_problem(bound, sizes), _plan.Plan(tile, (1, 1), False, False))
   if kinds is None:
-    raise ValueError(f"`mask` is {mask!r}, of which a part is traced; call `show` outside of jit, on arrays that have values.")
-  return TileMap(kinds, tile, sizes.queries, sizes.keys, repr(mask if isinstance(mask, masks.Mask) else masks.Dense(_check.as_array(mask))))
+    raise ValueError(f"`mask`, {mask!r}, or the positions are traced; call `show` outside jit, on arrays with values.")
+  name = repr(mask if isinstance(mask, masks.Mask) else masks.Dense(_check.as_array(mask)))
+  return TileMap(kinds, tile, sizes.queries, sizes.keys, name)
 
 
 def tile_kinds(problem: Problem, plan: _plan.Plan) -> np.ndarray | None:
-  """EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, query tiles, key tiles]`, as the schedule has it; None if traced."""
-  visits = _plan.make_schedule(problem, plan).rows
-  if isinstance(visits.codes, jax.core.Tracer):
+  """EMPTY, PARTIAL or FULL for every tile as the schedule has it, `[B|1, K|1, query tiles, key tiles]`; None if traced."""
+  values = jax.tree.map(lambda x: np.asarray(x) if _has_value(x) else x, problem.logits)
+  visits = _plan.make_schedule(dataclasses.replace(problem, logits=values), plan).rows
+  if not _has_value(visits.codes):
     return None
   codes = np.asarray(visits.codes)  # [B|1, K|1, visits]
   shape = [-(-size // tile) for size, tile in zip((problem.queries, problem.keys), plan.tiles)]
@@ -141,6 +145,11 @@ def tile_kinds(problem: Problem, plan: _plan.Plan) -> np.ndarray | None:
   codes = codes[batch, head, number]
   table[batch, head, schedule.outer(codes), schedule.inner(codes)] = schedule.kind(codes)
   return table
+
+
+def _has_value(x: Any) -> bool:
+  """Whether an array can be read here and now."""
+  return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def _problem(mask: masks.Mask, sizes: masks.Sizes) -> Problem:
