@@ -24,7 +24,7 @@ from jflash import _backends, _plan, _reference, masks
 
 
 class Case(NamedTuple):
-  """One comparison: sizes (B, T, S, N, K, H, E), and `make(rng)`, more arguments of `attention` and of the reference."""
+  """One comparison: sizes (B, T, S, N, K, H, E), and `make(rng)`: arguments for `attention` and for the reference."""
 
   name: str
   dtype: Any

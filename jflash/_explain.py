@@ -35,8 +35,8 @@ class Explanation:
     decided: when it is decided which tiles are skipped, and by what.
     saved: bytes kept from the forward for the backward pass, by name: query, key, value, out, lse, `logits` (the arrays
       of bias, slopes, scale, cap, mask and positions), `schedule` (the visit lists). Nothing else is saved.
-    naive_saved: the same for dense attention: query, key, value and the probabilities `[B, N, T, S]`, float32 (float64 for
-      float64).
+    naive_saved: the same for dense attention: query, key, value and the probabilities `[B, N, T, S]`, which are float32
+      (float64 for float64).
   """
 
   backend: str
@@ -131,6 +131,7 @@ def _explain(arguments: dict[str, Any]) -> Explanation:
   skipped, partial, full = (None if kinds is None else float(np.mean(kinds == kind))
                             for kind in (schedule.EMPTY, schedule.PARTIAL, schedule.FULL))
   grid = math.prod(-(-size // tile) for size, tile in zip((problem.queries, problem.keys), plan.tiles))
+  mask = problem.logits.mask
   shapes = {"query": problem.q.shape, "key": problem.k.shape, "value": problem.v.shape}
   tensors = {"query": problem.q, "key": problem.k, "value": problem.v}
   scores = np.dtype(problem.dtype).itemsize * problem.batch * problem.heads * problem.queries  # for each key
@@ -139,7 +140,7 @@ def _explain(arguments: dict[str, Any]) -> Explanation:
   saved = {**inputs, "out": out, "lse": scores, "logits": _size(problem.logits), "schedule": _size(visits)}
   return Explanation(
       backend=backend.name, passed_over=passed_over, interpreted=bool(plan.interpret), shapes=shapes,
-      dtype=str(problem.q.dtype), mask=None if problem.logits.mask is None else repr(problem.logits.mask), tiles=plan.tiles,
+      dtype=str(problem.q.dtype), mask=None if mask is None else repr(mask), tiles=plan.tiles,
       tile_count=problem.batch * problem.heads * grid, skipped=skipped, partial=partial, full=full,
       decided=_decided(problem), saved=saved, naive_saved=sum(inputs.values()) + scores * problem.keys)
 

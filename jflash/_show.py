@@ -90,7 +90,7 @@ def show(mask: Any, queries: int, keys: int, *, tiles: int | tuple[int, int] = (
     mask: a mask from `jflash.masks`, or a boolean array that broadcasts to `[B, N, T, S]`. It must not be traced.
     queries: T.
     keys: S.
-    tiles: (query rows, key columns) of a tile, or one number for both. `attention` chooses its own; `jflash.explain` tells.
+    tiles: (query rows, key columns) of a tile, or one number for both. `attention` takes its own: see `jflash.explain`.
     query_positions, key_value_positions: as in `attention`, integers `[B, T]` or `[T]`, `[B, S]` or `[S]`.
 
   Returns:
@@ -133,7 +133,7 @@ def show(mask: Any, queries: int, keys: int, *, tiles: int | tuple[int, int] = (
 
 
 def tile_kinds(problem: Problem, plan: _plan.Plan) -> np.ndarray | None:
-  """EMPTY, PARTIAL or FULL for every tile as the schedule has it, `[B|1, K|1, query tiles, key tiles]`; None if traced."""
+  """The schedule as EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, query tiles, key tiles]`; None if it is traced."""
   values = jax.tree.map(lambda x: np.asarray(x) if _has_value(x) else x, problem.logits)
   visits = _plan.make_schedule(dataclasses.replace(problem, logits=values), plan).rows
   if not _has_value(visits.codes):

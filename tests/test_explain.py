@@ -59,7 +59,8 @@ def test_bytes_saved_are_those_that_jax_saves():
   args = (q, k, v, bias, query, key)
 
   # What is saved is what the pullback holds.
-  pullback = jax.eval_shape(lambda *args: jax.vjp(lambda *a: attend(jflash.attention, *a, query, key), *args)[1], *args[:4])
+  ours = lambda *args: attend(jflash.attention, *args, query, key)
+  pullback = jax.eval_shape(lambda *args: jax.vjp(ours, *args)[1], *args[:4])
   assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback)) == attend(jflash.explain, *args[:4], query, key).saved_bytes
 
 
