@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import textwrap
 from typing import Any
 
 import jax
@@ -59,8 +60,8 @@ class TileMap:
     label = len(str(self.queries))
     cells = min(_CELLS, max(1, (min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns) - label - 1) // 2))
     factor = max(-(-rows // cells), -(-columns // cells))  # tiles along a side of a cell
-    lines = [f"{self.mask}: {self.queries} queries (down) by {self.keys} keys (across), "
-             f"tiles of {self.tiles[0]} x {self.tiles[1]}"]
+    lines = textwrap.wrap(self.mask, _WIDEST)
+    lines.append(f"{self.queries} queries (down) by {self.keys} keys (across), tiles of {self.tiles[0]} x {self.tiles[1]}")
     drawn = [(b, h) for b in range(batch) for h in range(heads)]
     drawn = drawn if len(drawn) <= _MAPS else drawn[:1]
     for b, h in drawn:
@@ -102,7 +103,8 @@ def show(mask: Any, queries: int, keys: int, *, tiles: int | tuple[int, int] = (
   Example:
     >>> from jflash import masks, show
     >>> show(masks.Causal() & masks.Window(left=64), 256, 256, tiles=64)
-    Causal() & Window(left=64): 256 queries (down) by 256 keys (across), tiles of 64 x 64
+    Causal() & Window(left=64)
+    256 queries (down) by 256 keys (across), tiles of 64 x 64
       0 ▒▒······
      64 ▒▒▒▒····
     128 ··▒▒▒▒··
@@ -133,7 +135,7 @@ def show(mask: Any, queries: int, keys: int, *, tiles: int | tuple[int, int] = (
 
 
 def tile_kinds(problem: Problem, plan: _plan.Plan) -> np.ndarray | None:
-  """The schedule as EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, query tiles, key tiles]`; None if it is traced."""
+  """The schedule as EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, query tiles, key tiles]`; None if traced."""
   values = jax.tree.map(lambda x: np.asarray(x) if _has_value(x) else x, problem.logits)
   visits = _plan.make_schedule(dataclasses.replace(problem, logits=values), plan).rows
   if not _has_value(visits.codes):
@@ -176,7 +178,7 @@ def _leading(mask: Any) -> tuple[int, int]:
 
 def _leading_of(x: Any, own: int) -> tuple[int, int]:
   """(batch, 1) of integers `[B, …]` with `own` axes after the batch, which may be missing."""
-  shape = np.shape(x) if x is not None else ()
+  shape = np.shape(0 if x is None else x)
   return (shape[0] if len(shape) == own + 1 else 1), 1
 
 

@@ -61,14 +61,15 @@ def test_bytes_saved_are_those_that_jax_saves():
   # What is saved is what the pullback holds.
   ours = lambda *args: attend(jflash.attention, *args, query, key)
   pullback = jax.eval_shape(lambda *args: jax.vjp(ours, *args)[1], *args[:4])
-  assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback)) == attend(jflash.explain, *args[:4], query, key).saved_bytes
+  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback))
+  assert held == attend(jflash.explain, *args[:4], query, key).saved_bytes
 
 
 def test_structs_are_enough_and_known_masks_stay_known():
   structs = [Struct(x.shape, x.dtype) for x in inputs()]
   ids = jnp.repeat(jnp.arange(4), 16)
   mask = masks.Segments(ids, ids[:48]) & masks.Dense(jnp.ones((64, 48), bool))
-  arguments = dict(is_causal=True, query_positions=jnp.arange(64), logits_soft_cap=3.0)
+  arguments = {"is_causal": True, "query_positions": jnp.arange(64), "logits_soft_cap": 3.0}
   with _plan.force_tiles(16, 16):
     why = jflash.explain(*structs, Struct((6, 64, 48), jnp.float32), mask, **arguments)
     same = jflash.explain(*inputs(), jnp.ones((6, 64, 48)), mask, **arguments)
@@ -142,12 +143,12 @@ def test_a_named_backend_that_cannot_raises_what_attention_raises(monkeypatch):
 
 
 @pytest.mark.parametrize("change, error", [
-    (dict(key=jnp.ones((2, 48, 4, 8)), value=jnp.ones((2, 48, 4, 4))), ValueError),
-    (dict(key=jnp.ones((2, 47, 2, 8))), ValueError),
-    (dict(mask=np.ones((63, 48), bool)), ValueError),
-    (dict(implementation="abacus"), ValueError),
-    (dict(scale="large"), TypeError),
-    (dict(colour="red"), TypeError),
+    ({"key": jnp.ones((2, 48, 4, 8)), "value": jnp.ones((2, 48, 4, 4))}, ValueError),
+    ({"key": jnp.ones((2, 47, 2, 8))}, ValueError),
+    ({"mask": np.ones((63, 48), bool)}, ValueError),
+    ({"implementation": "abacus"}, ValueError),
+    ({"scale": "large"}, TypeError),
+    ({"colour": "red"}, TypeError),
 ])
 def test_errors_are_those_of_attention(change, error):
   arguments = dict(zip(("query", "key", "value"), inputs())) | change

@@ -10,8 +10,7 @@ import pytest
 
 import jflash
 from jflash import __main__ as report
-from jflash import _backends, _plan, _xla
-
+from jflash import _backends, _plan
 
 CASE = report.Case("grouped, window", jnp.bfloat16, (1, 150, 140, 2, 1, 8, 4), report.CASES[1].make)
 

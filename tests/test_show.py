@@ -1,10 +1,16 @@
 """`show`: the drawn map against tables that are computed element by element here."""
 
+import contextlib
+import io
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jflash
 from jflash import masks, show
 
 FULL, PARTIAL, EMPTY = "█", "▒", "·"
@@ -12,7 +18,7 @@ FULL, PARTIAL, EMPTY = "█", "▒", "·"
 
 def drawn(text: str) -> list[list[str]]:
   """The marks of the drawn rows, one for each cell."""
-  lines = [line.split()[-1] for line in text.splitlines()[1:-2] if line[-1] in FULL + PARTIAL + EMPTY]
+  lines = [line.split()[-1] for line in text.splitlines()[2:-2] if line[-1] in FULL + PARTIAL + EMPTY]
   assert all(mark[::2] == mark[1::2] for mark in lines)
   return [list(line[::2]) for line in lines]
 
@@ -70,14 +76,15 @@ def test_the_sentence_and_the_legend():
   shown = show(masks.Causal(), 64, 64, tiles=16)
   assert repr(shown) == str(shown)
   assert str(shown).splitlines() == [
-      "Causal(): 64 queries (down) by 64 keys (across), tiles of 16 x 16",
+      "Causal()", "64 queries (down) by 64 keys (across), tiles of 16 x 16",
       " 0 ▒▒······", "16 ██▒▒····", "32 ████▒▒··", "48 ██████▒▒",
       "█ full, ▒ partial, · skipped", "37.5% of 16 tiles skipped, 25% need the mask, 37.5% are full"]
 
 
 def test_a_large_map_is_scaled_down_to_the_page(monkeypatch):
-  text = str(show(masks.Causal(), 4096, 2048, tiles=16))
-  assert max(map(len, text.splitlines()[1:])) <= 100
+  text = str(show(masks.Causal() & ~(~masks.Causal() | ~masks.Causal() | ~masks.Causal() | ~masks.Causal()) & masks.Causal(),
+                  4096, 2048, tiles=16))
+  assert max(map(len, text.splitlines())) <= 100
   factor = 6  # 256 tiles in at most 47 cells
   assert f"each mark is {factor} x {factor} tiles" in text
   side = factor * 16
@@ -134,3 +141,18 @@ def test_tiles_are_no_larger_than_the_mask():
 def test_errors(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_the_page_shows_what_is_drawn(monkeypatch):
+  """The outputs in docs/masks.md are those of the code above them, and one function is compiled as often as it says."""
+  monkeypatch.setattr(jflash, "attention", lambda q, k, v, mask: q)  # which is not what is looked at here
+  page = (pathlib.Path(__file__).parent.parent / "docs" / "masks.md").read_text()
+  names, compared = {}, 0
+  for code, text in re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", page, flags=re.S):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+      exec(code, names)
+    assert printed.getvalue() == text
+    compared += bool(text)
+  assert compared > 10
+  assert names["windowed"]._cache_size() == 1
