@@ -61,7 +61,8 @@ class TileMap:
     cells = min(_CELLS, max(1, (min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns) - label - 1) // 2))
     factor = max(-(-rows // cells), -(-columns // cells))  # tiles along a side of a cell
     lines = textwrap.wrap(self.mask, _WIDEST)
-    lines.append(f"{self.queries} queries (down) by {self.keys} keys (across), tiles of {self.tiles[0]} x {self.tiles[1]}")
+    sides = " x ".join(map(str, self.tiles))
+    lines.append(f"{self.queries} queries (down) by {self.keys} keys (across), tiles of {sides}")
     drawn = [(b, h) for b in range(batch) for h in range(heads)]
     drawn = drawn if len(drawn) <= _MAPS else drawn[:1]
     for b, h in drawn:
