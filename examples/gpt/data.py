@@ -1,8 +1,8 @@
 """Text as packed rows of tokens: files -> documents -> one stream -> rows -> batches with a state that can be saved.
 
-Every file is one document and starts with a start token. The documents of a split lie end to end in one stream, which is
-cut into rows of `context` tokens, so several documents may share a row. `segments` says which token belongs to which
-of them, `positions` count from 0 in each, and `weights` are 0 where the next token belongs to another document.
+Every file is one document and starts with a start token. The documents of a split lie end to end in one stream, which
+is cut into rows of `context` tokens, so several documents may share a row. `segments` says which token belongs to
+which of them, `positions` count from 0 in each, and `weights` are 0 where the next token belongs to another document.
 """
 
 import dataclasses

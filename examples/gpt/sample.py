@@ -65,7 +65,8 @@ def load(folder, dtype):
   folder = pathlib.Path(folder)
   saved = folder / "checkpoints"
   if not saved.is_dir() or not ocp.utils.checkpoint_steps(saved):
-    raise ValueError(f"--out {folder} holds no checkpoint; train one with `python examples/gpt/train.py --out {folder}`.")
+    raise ValueError(f"--out {folder} holds no checkpoint; write one with "
+                     f"`python examples/gpt/train.py --out {folder}`, or name another folder.")
   with ocp.CheckpointManager(saved.resolve()) as manager:
     step = manager.latest_step()
     config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
@@ -80,7 +81,8 @@ def load(folder, dtype):
 
 
 def main(argv=None):
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   parser.add_argument("--out", default="runs/gpt", help="the folder that train.py wrote")
   parser.add_argument("--prompt", default="", help="how the text starts; empty is the start of a document")
   parser.add_argument("--length", type=int, default=400, help="tokens to write")

@@ -30,15 +30,14 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+SETTINGS = ("layers", "heads", "width", "context", "vocab", "batch", "accumulate", "steps", "learning_rate", "warmup",
+            "evaluate_every", "evaluate_batches", "checkpoint_every")
 # `vocab` is the least number of rows of the embedding: the GPT-2 presets keep GPT-2's size with every tokenizer.
-PRESETS = {
-    "tiny": dict(layers=4, heads=4, width=128, context=256, vocab=0, batch=16, accumulate=1, steps=300,
-                 learning_rate=3e-3, warmup=30, evaluate_every=50, evaluate_batches=8, checkpoint_every=100),
-    "gpt2-small": dict(layers=12, heads=12, width=768, context=1024, vocab=50257, batch=64, accumulate=4, steps=2000,
-                       learning_rate=6e-4, warmup=200, evaluate_every=100, evaluate_batches=4, checkpoint_every=500),
-    "gpt2-medium": dict(layers=24, heads=16, width=1024, context=1024, vocab=50257, batch=64, accumulate=8, steps=2000,
-                        learning_rate=3e-4, warmup=200, evaluate_every=100, evaluate_batches=4, checkpoint_every=500),
-}
+PRESETS = {name: dict(zip(SETTINGS, values)) for name, values in {
+    "tiny": (4, 4, 128, 256, 0, 16, 1, 300, 3e-3, 30, 50, 8, 100),
+    "gpt2-small": (12, 12, 768, 1024, 50257, 64, 4, 2000, 6e-4, 200, 100, 4, 500),
+    "gpt2-medium": (24, 16, 1024, 1024, 50257, 64, 8, 2000, 3e-4, 200, 100, 4, 500),
+}.items()}
 
 
 @dataclasses.dataclass
