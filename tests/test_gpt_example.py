@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ for package in ("grain", "matplotlib", "optax", "orbax.checkpoint", "rich", "tok
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
 from flax import nnx  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -39,7 +39,8 @@ data, gpt, sample, train = _import_example()
 
 CONFIG = gpt.Config(vocab=61, context=24, layers=2, heads=2, width=16)
 SMALL = ["--layers", "1", "--heads", "2", "--width", "32", "--context", "32", "--batch", "8", "--warmup", "2",
-         "--evaluate-batches", "2", "--learning-rate", "1e-2", "--sample-length", "40"]
+         "--steps", "24", "--evaluate-batches", "2", "--evaluate-every", "8", "--checkpoint-every", "6",
+         "--learning-rate", "1e-2", "--sample-length", "20"]
 
 
 def make_model(attention="jflash", config=CONFIG, seed=0):
@@ -96,11 +97,22 @@ def losses_of(out, column=1):
   return np.array([float(row[column]) for row in rows if row[column]])
 
 
-def script(name, *args, **env):
-  """A subprocess that prints to a pipe, as in a batch job."""
+def script(*command, **env):
+  """Runs `python *command`, printing to a pipe as in a batch job; returns the exit status and what it printed."""
   path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-  return subprocess.Popen([sys.executable, str(FOLDER / name), *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **env})
+  env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **env}
+  done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                        text=True, env=env, timeout=300)
+  return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(texts, tmp_path_factory):
+  """`(folder, printed)` of an uninterrupted run of 24 steps."""
+  out = tmp_path_factory.mktemp("whole") / "run"
+  status, printed = script(FOLDER / "train.py", *arguments(out, texts))
+  assert status == 0, printed
+  return out, printed
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -282,95 +294,91 @@ def test_gradients_are_clipped():
   assert -float(updates["vector"][0]) > 0.9 * 3e-3
 
 
-def train_here(capsys, *args):
-  """main() in this process; returns what it printed."""
-  capsys.readouterr()
-  train.main(list(args))
-  return capsys.readouterr().out
-
-
-def test_training_beats_the_unigram_entropy_and_leaves_its_files(texts, tmp_path, capsys):
-  out = tmp_path / "run"
-  printed = train_here(capsys, *arguments(out, texts, "--steps", "60", "--evaluate-every", "20"))
+def test_training_beats_the_unigram_entropy_and_leaves_its_files(whole, texts, capsys):
+  out, printed = whole
   number = lambda name: float(re.search(rf"^{name} +([\d.,]+)", printed, re.M)[1].replace(",", ""))
   assert number("validation loss") < number("unigram entropy") - 0.5
   assert number("speed") > 0 and losses_of(out, 2)[-1] == pytest.approx(number("validation loss"), abs=1e-4)
   bits = float(re.search(r"= ([\d.]+) bits per byte", printed)[1])
   assert bits == pytest.approx(number("validation loss") / np.log(2), abs=1e-3)
-  assert len(losses_of(out)) == 60 and len(losses_of(out, 2)) == 3
+  assert len(losses_of(out)) == 24 and len(losses_of(out, 2)) == 3
   assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-  assert len((out / "sample.txt").read_text()) == 40
+  assert len((out / "sample.txt").read_text()) == 20
+  assert not re.search("warning|absl|\x1b|\r", printed, re.I) and 10 < printed.count("\nstep ") < 30, printed
 
-  again = train_here(capsys, *arguments(out, texts, "--steps", "60", "--evaluate-every", "20"))
-  assert "is at step 60 of 60 already" in again and number("validation loss") == losses_of(out, 2)[-1].round(4)
-  sample.main(["--out", str(out), "--prompt", "two words", "--length", "50"])
+  before = (out / "losses.csv").read_bytes()
+  train.main(arguments(out, texts))
+  again = capsys.readouterr().out
+  assert "is at step 24 of 24 already" in again and "speed" not in again
+  assert re.search("^validation loss.*", printed, re.M)[0] == re.search("^validation loss.*", again, re.M)[0]
+  assert (out / "losses.csv").read_bytes() == before
+  sample.main(["--out", str(out), "--prompt", "two words", "--length", "20"])
   assert capsys.readouterr().out.split("\n\n", 1)[1].startswith("two words")
 
 
-@pytest.mark.parametrize("other", ["jax", "flax"])
-def test_other_attentions_train_alike(other, texts, tmp_path, capsys):
-  for attention in ("jflash", other):
-    train_here(capsys, *arguments(tmp_path / attention, texts, "--steps", "25", "--attention", attention))
-  ours, theirs = losses_of(tmp_path / "jflash"), losses_of(tmp_path / other)
+def test_the_losses_are_those_of_jax_nn(whole, texts, tmp_path):
+  train.main(arguments(tmp_path / "run", texts, "--attention", "jax"))
+  ours, theirs = losses_of(whole[0]), losses_of(tmp_path / "run")
   assert ours[0] - ours[-1] > 1
   np.testing.assert_allclose(ours, theirs, rtol=2e-4)
 
 
-def test_accumulation_changes_nothing(texts, tmp_path, capsys):
-  for pieces in ("1", "4"):
-    train_here(capsys, *arguments(tmp_path / pieces, texts, "--steps", "8", "--accumulate", pieces))
-  np.testing.assert_allclose(losses_of(tmp_path / "1"), losses_of(tmp_path / "4"), rtol=1e-4)
+def test_all_attentions_give_the_same_logits():
+  row = one_row(stream_of([7, 10, 8]))
+  logits = {name: logits_of(make_model(name), row) for name in gpt.ATTENTIONS}
+  np.testing.assert_allclose(logits["jax"], logits["jflash"], atol=1e-4)
+  np.testing.assert_allclose(logits["flax"], logits["jflash"], atol=1e-4)
 
 
-def test_a_stopped_run_resumes_with_the_same_bits(texts, tmp_path, capsys, monkeypatch):
-  options = ["--steps", "12", "--evaluate-every", "4", "--checkpoint-every", "3"]
-  train_here(capsys, *arguments(tmp_path / "whole", texts, *options))
-  add = train.Log.add
-
-  def stop(self, step, *rest):
-    add(self, step, *rest)
-    if step == 8:
-      raise RuntimeError("stopped by the test")
-
-  monkeypatch.setattr(train.Log, "add", stop)
-  with pytest.raises(RuntimeError, match="stopped by the test"):
-    train_here(capsys, *arguments(tmp_path / "stopped", texts, *options))
-  monkeypatch.undo()
-  printed = train_here(capsys, *arguments(tmp_path / "stopped", texts, *options))
-  assert "after step 6" in printed
-  assert (tmp_path / "stopped" / "losses.csv").read_bytes() == (tmp_path / "whole" / "losses.csv").read_bytes()
-  assert (tmp_path / "stopped" / "sample.txt").read_bytes() == (tmp_path / "whole" / "sample.txt").read_bytes()
+def test_accumulation_changes_nothing():
+  graphdef, params = nnx.split(make_model())
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+  optimizer = optax.sgd(1.0)
+  step, evaluate = train.make_steps(graphdef, optimizer, mesh)
+  rows = data.validation_batches(stream_of([9, 16, 11, 14, 13, 8, 26]), 24, 4, 1)[0]         # weights differ by row
+  found = []
+  for pieces in (1, 4):
+    batch = {name: array.reshape(pieces, 4 // pieces, 24) for name, array in rows.items()}
+    loss = evaluate(params, batch)
+    updated, _, same = step(jax.tree.map(jnp.copy, params), optimizer.init(params), batch)
+    assert float(loss) == pytest.approx(float(same), rel=1e-6)
+    found.append((loss, updated))
+  assert float(found[0][0]) == pytest.approx(summed_loss(nnx.merge(graphdef, params), rows) / rows["weights"].sum(),
+                                             rel=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
 
 
-@pytest.mark.slow
-def test_a_killed_run_resumes_with_the_same_bits(texts, tmp_path):
-  options = ["--steps", "400", "--evaluate-every", "50", "--checkpoint-every", "10"]
-  whole = script("train.py", *arguments(tmp_path / "whole", texts, *options))
-  killed, out = script("train.py", *arguments(tmp_path / "killed", texts, *options)), tmp_path / "killed"
-  deadline = time.monotonic() + 120
-  while not ((out / "losses.csv").exists() and len(losses_of(out)) > 35):
-    assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()[0]
-    time.sleep(0.01)
-  killed.send_signal(signal.SIGKILL)
-  killed.communicate()
-  assert 35 < len((out / "losses.csv").read_text().splitlines()) < 400, "killed too late to show anything"
-  resumed = script("train.py", *arguments(out, texts, *options))
-  printed, quiet = resumed.communicate()[0], whole.communicate()[0]
-  assert resumed.returncode == whole.returncode == 0, printed + quiet
-  assert re.search(r"resuming .* after step [1-9]", printed), printed
-  assert (out / "losses.csv").read_bytes() == (tmp_path / "whole" / "losses.csv").read_bytes()
-  assert not re.search("warning|absl|\x1b|\r", quiet, re.I), quiet
-  assert 10 < quiet.count("tokens/s") < 40
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import train
+add = train.Log.add
+def add_and_die(self, step, *rest):
+  add(self, step, *rest)
+  if step == 15:
+    os.kill(os.getpid(), signal.SIGKILL)
+train.Log.add = add_and_die
+train.main(sys.argv[2:])
+"""
 
 
 @pytest.mark.slow
-def test_four_devices_train_alike(texts, tmp_path, capsys):
-  flag = "--xla_force_host_platform_device_count=4"
-  four = script("train.py", *arguments(tmp_path / "four", texts, "--steps", "10", "--accumulate", "2"), XLA_FLAGS=flag)
-  printed = four.communicate()[0]
-  assert four.returncode == 0 and "4 cpu devices" in printed, printed
-  train_here(capsys, *arguments(tmp_path / "one", texts, "--steps", "10"))
-  np.testing.assert_allclose(losses_of(tmp_path / "four"), losses_of(tmp_path / "one"), rtol=1e-4)
+def test_a_killed_run_resumes_with_the_same_bits(whole, texts, tmp_path):
+  out = tmp_path / "run"
+  status, printed = script("-c", KILLED, FOLDER, *arguments(out, texts))
+  assert status == -signal.SIGKILL and len(losses_of(out)) == 15, printed
+  status, printed = script(FOLDER / "train.py", *arguments(out, texts))
+  assert status == 0 and re.search(r"resuming .* after step (6|12)\n", printed), printed
+  for name in ("losses.csv", "sample.txt"):
+    assert (out / name).read_bytes() == (whole[0] / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_four_devices_train_alike(whole, texts, tmp_path):
+  status, printed = script(FOLDER / "train.py", *arguments(tmp_path, texts, "--accumulate", "2"),
+                           XLA_FLAGS="--xla_force_host_platform_device_count=4")
+  assert status == 0 and "4 cpu devices" in printed, printed
+  np.testing.assert_allclose(losses_of(tmp_path), losses_of(whole[0]), rtol=2e-4)
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------
@@ -380,9 +388,9 @@ def test_four_devices_train_alike(texts, tmp_path, capsys):
 def test_cached_decoding_gives_the_logits_of_the_whole_pass(prompt):
   model, row = make_model(), one_row(stream_of([25]))
   expected = logits_of(model, row)
-  logits, cache = model.decode(jnp.asarray(row["tokens"][:, :prompt]), model.empty_cache(1), 0)
-  found = [logits]
   decode = jax.jit(model.decode)
+  logits, cache = decode(jnp.asarray(row["tokens"][:, :prompt]), model.empty_cache(1), 0)
+  found = [logits]
   for t in range(prompt, 24):
     logits, cache = decode(jnp.asarray(row["tokens"][:, t:t + 1]), cache, t)
     found.append(logits)
@@ -420,8 +428,9 @@ def test_text_goes_on_past_the_context():
 def test_a_tokenizer_travels_with_the_run(texts, tokenizer_file, tmp_path, capsys):
   copy, out = tmp_path / "mine.json", tmp_path / "run"
   copy.write_bytes(tokenizer_file.read_bytes())
-  train_here(capsys, *arguments(out, texts, "--steps", "4", "--tokenizer", str(copy)))
+  train.main(arguments(out, texts, "--steps", "4", "--tokenizer", str(copy)))
   copy.unlink()
+  capsys.readouterr()
   sample.main(["--out", str(out), "--prompt", "ijklm", "--length", "10"])
   assert capsys.readouterr().out.split("\n\n", 1)[1].startswith("ijklm")
 
@@ -432,7 +441,7 @@ def test_a_tokenizer_travels_with_the_run(texts, tokenizer_file, tmp_path, capsy
 @pytest.mark.parametrize("more, message", [
     (["--data", "nowhere.txt"], "--data nowhere.txt does not exist .* give a text file or a folder"),
     (["--heads", "5"], "--heads 5 does not divide --width 32; .* for example --heads 4"),
-    (["--batch", "6", "--accumulate", "4"], "--batch 6 cannot be cut into --accumulate 4 pieces .* a multiple of 4"),
+    (["--accumulate", "3"], "--batch 8 cannot be cut into --accumulate 3 pieces .* a multiple of"),
     (["--tokenizer", "nowhere.json"], "--tokenizer nowhere.json is not a file; give a tokenizer.json"),
     (["--steps", "0"], "--steps is 0, and must be more than 0"),
     (["--context", "5000"], "has .* training and .* validation tokens, and --context 5000 needs at least 5001"),
@@ -455,14 +464,13 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
     data.TokenizerFile(tmp_path / "t.json")
 
 
-def test_a_checkpoint_of_another_run_is_named(texts, tmp_path, capsys):
-  out = tmp_path / "run"
-  train_here(capsys, *arguments(out, texts, "--steps", "2"))
-  before = (out / "losses.csv").read_bytes()
-  with pytest.raises(SystemExit, match=r"another run \(width 32 there and 64 here, batch 8 there and 4 here\); give the "
-                                       "same arguments to resume it, or another --out"):
-    train.main(arguments(out, texts, "--steps", "4", "--width", "64", "--batch", "4"))
-  assert (out / "losses.csv").read_bytes() == before
+def test_a_checkpoint_of_another_run_is_named(whole, texts):
+  before = (whole[0] / "losses.csv").read_bytes()
+  message = (r"another run \(width 32 there and 64 here, batch 8 there and 4 here\); "
+             "give the same arguments to resume it, or another --out")
+  with pytest.raises(SystemExit, match=message):
+    train.main(arguments(whole[0], texts, "--width", "64", "--batch", "4"))
+  assert (whole[0] / "losses.csv").read_bytes() == before
 
 
 def test_a_folder_without_checkpoint_is_named(tmp_path):

@@ -5,7 +5,6 @@
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import logging
@@ -34,7 +33,7 @@ SETTINGS = ("layers", "heads", "width", "context", "vocab", "batch", "accumulate
             "evaluate_every", "evaluate_batches", "checkpoint_every")
 # `vocab` is the least number of rows of the embedding: the GPT-2 presets keep GPT-2's size with every tokenizer.
 PRESETS = {name: dict(zip(SETTINGS, values)) for name, values in {
-    "tiny": (4, 4, 128, 256, 0, 16, 1, 300, 3e-3, 30, 50, 8, 100),
+    "tiny": (4, 4, 128, 128, 0, 16, 1, 400, 3e-3, 40, 50, 8, 100),
     "gpt2-small": (12, 12, 768, 1024, 50257, 64, 4, 2000, 6e-4, 200, 100, 4, 500),
     "gpt2-medium": (24, 16, 1024, 1024, 50257, 64, 8, 2000, 3e-4, 200, 100, 4, 500),
 }.items()}
@@ -77,26 +76,18 @@ class Log:
     return [step for step, _ in points], [loss for _, loss in points]
 
 
-class Progress(contextlib.AbstractContextManager):
+class Progress:
   """A bar on a terminal, a line now and then elsewhere; keeps the time between updates for the tokens per second."""
 
   def __init__(self, step, steps, tokens_per_step):
     columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
                rich.progress.TimeRemainingColumn(), "{task.fields[text]}")
     console = rich.console.Console()
-    self._bar = rich.progress.Progress(*columns, console=console) if console.is_terminal else None
-    self._task = self._bar and self._bar.add_task("training", completed=step, total=steps, text="compiling")
+    self._bar = rich.progress.Progress(*columns, console=console, disable=not console.is_terminal)
+    self._task = self._bar.add_task("training", completed=step, total=steps, text="compiling")
+    self._bar.start()
     self._steps, self._tokens, self._last, self._seconds = steps, tokens_per_step, None, []
     self._validation = ""
-
-  def __enter__(self):
-    if self._bar:
-      self._bar.start()
-    return self
-
-  def __exit__(self, *_):
-    if self._bar:
-      self._bar.stop()
 
   def update(self, step, loss):
     now = time.perf_counter()
@@ -105,9 +96,8 @@ class Progress(contextlib.AbstractContextManager):
     self._last = now
     speed = f"  {self.tokens_per_second(20):,.0f} tokens/s" if self._seconds else ""
     text = f"loss {loss:.3f}{self._validation}{speed}"
-    if self._bar:
-      self._bar.update(self._task, completed=step, text=text)
-    elif step == 1 or step % max(1, self._steps // 20) == 0 or step == self._steps:
+    self._bar.update(self._task, completed=step, text=text)
+    if self._bar.disable and (step == 1 or step % max(1, self._steps // 20) == 0 or step == self._steps):
       print(f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}", flush=True)
 
   def pause(self, validation=None):
@@ -115,6 +105,9 @@ class Progress(contextlib.AbstractContextManager):
     self._last = None
     if validation is not None:
       self._validation = f"  validation {validation:.3f}"
+
+  def stop(self):
+    self._bar.stop()
 
   def tokens_per_second(self, last=0):
     """Median over the last steps (0: all); nan before there are any."""
@@ -321,7 +314,7 @@ def header(run):
         f"{jax.device_count()} {device.platform} device{'s' * (jax.device_count() > 1)}{name}")
   print(f"{args.data or 'Python standard library'}: {run.training.bytes:,} bytes for training, "
         f"{run.validation.bytes:,} for validation; {args.batch} x {args.context} tokens per step, {args.steps} steps, "
-        f"vocabulary {config.vocab}")
+        f"vocabulary {config.vocab}", flush=True)
 
 
 def finish(run, state, log, progress):
@@ -355,12 +348,14 @@ def main(argv=None):
           if state.step < args.steps else f"{args.out} is at step {state.step} of {args.steps} already; "
           "give more --steps to go on, or another --out to start anew")
   log = Log(args.out / "losses.csv", state.step)
-  with Progress(state.step, args.steps, args.batch * args.context) as progress, run.manager:
-    try:
-      state = train(run, state, log, progress)
-    except KeyboardInterrupt:
-      progress.__exit__()
-      sys.exit("\nstopped; the same command resumes from the last checkpoint")
+  progress = Progress(state.step, args.steps, args.batch * args.context)
+  try:
+    state = train(run, state, log, progress)
+  except KeyboardInterrupt:
+    sys.exit("\nstopped; the same command resumes from the last checkpoint")
+  finally:
+    progress.stop()
+    run.manager.close()
   finish(run, state, log, progress)
 
 
