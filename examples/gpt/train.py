@@ -277,8 +277,8 @@ def train(run, state, log, progress):
     is_last = step == args.steps
     if is_last or step % args.evaluate_every == 0:
       validation = run.validate(params)
-      read(validation)
       progress.pause(validation)
+      read(validation)
     if is_last or step % args.checkpoint_every == 0:
       read()
       run.save(state)
