@@ -57,17 +57,14 @@ class Log:
   def __init__(self, path, step):
     lines = path.read_text().splitlines() if step and path.exists() else []
     self.rows = [row for row in csv.reader(lines[1:]) if len(row) == 3 and int(row[0]) <= step]
-    self._file = path.open("w", newline="\n")
-    self._write(["step", "training", "validation"])
-    for row in self.rows:
-      self._write(row)
+    new = path.with_suffix(".new")  # replaced in one go: a kill here must not lose lines either
+    new.write_text("".join(",".join(row) + "\n" for row in [["step", "training", "validation"], *self.rows]))
+    new.replace(path)
+    self._file = path.open("a", newline="\n")
 
   def add(self, step, training, validation=None):
     self.rows.append([str(step), repr(training), "" if validation is None else repr(validation)])
-    self._write(self.rows[-1])
-
-  def _write(self, row):
-    self._file.write(",".join(row) + "\n")
+    self._file.write(",".join(self.rows[-1]) + "\n")
     self._file.flush()  # a kill must not take lines that a checkpoint counts on
 
   def curve(self, column):
