@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
@@ -95,7 +96,7 @@ def _linear_impl(*args, apply, transpose, constants):
 def _linear_abstract_eval(*avals, apply, transpose, constants):
   del transpose
   outs = jax.eval_shape(apply, list(avals[:constants]), list(avals[constants:]))
-  return [jax.core.ShapedArray(x.shape, x.dtype) for x in outs]
+  return [core.ShapedArray(x.shape, x.dtype) for x in outs]
 
 
 def _linear_jvp(primals, tangents, **params):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels import schedule
 
@@ -153,7 +154,7 @@ def _decided(problem: Problem) -> str:
   parts = {"mask": logits.mask, "query_positions": logits.query_positions, "key_value_positions": logits.key_positions}
   name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
   leaves = [(name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(parts)]
-  if traced := [name for name, x in leaves if isinstance(x, jax.core.Tracer)]:
+  if traced := [name for name, x in leaves if isinstance(x, Tracer)]:
     return f"decided at run time, by what is traced: {', '.join(traced)}"
   if arrays := [name for name, x in leaves if not isinstance(x, np.ndarray)]:
     return f"decided at run time, by JAX arrays (NumPy arrays would be known while tracing): {', '.join(arrays)}"

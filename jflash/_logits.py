@@ -79,14 +79,16 @@ def _span(x: Any, tiles: tuple[int, int]) -> Span:
   if x.ndim > 4:
     return Span(x, x)
   xp = np if isinstance(x, np.ndarray) else jnp
+
+  def split(y, axis):
+    """The axis as (tiles, elements of a tile); the last tile is filled up with its own last value, which keeps its span."""
+    tile = tiles[axis - 2]
+    count = -(-y.shape[axis] // tile)
+    pad = [(0, count * tile - n if a == axis else 0) for a, n in enumerate(y.shape)]
+    return xp.pad(y, pad, mode="edge").reshape(*y.shape[:axis], count, tile, *y.shape[axis + 1:])
+
   lo = hi = x
-  for axis, tile in zip((2, 3), tiles):
-    size = x.shape[axis]
-    if size == 1:
-      continue
-    count = -(-size // tile)
-    # The last tile is filled up with its own last value, which leaves its span as it is.
-    pad = [(0, count * tile - size if a == axis else 0) for a in range(4)]
-    split = lambda y: xp.pad(y, pad, mode="edge").reshape(*y.shape[:axis], count, tile, *y.shape[axis + 1:])
-    lo, hi = split(lo).min(axis=axis + 1), split(hi).max(axis=axis + 1)
+  for axis in (2, 3):
+    if x.shape[axis] > 1:
+      lo, hi = split(lo, axis).min(axis=axis + 1), split(hi, axis).max(axis=axis + 1)
   return Span(lo, hi)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels import schedule
 
@@ -152,7 +153,7 @@ def tile_kinds(problem: Problem, plan: _plan.Plan) -> np.ndarray | None:
 
 def _has_value(x: Any) -> bool:
   """Whether an array can be read here and now."""
-  return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+  return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def _problem(mask: masks.Mask, sizes: masks.Sizes) -> Problem:
@@ -167,7 +168,7 @@ def _leading(mask: Any) -> tuple[int, int]:
   if isinstance(mask, masks.Dense):
     mask = mask.array
   if not isinstance(mask, masks.Mask):  # [B, N, T, S]
-    shape = (1, 1, 1, 1, *np.shape(mask))
+    shape: Any = (1, 1, 1, 1, *np.shape(mask))
     return shape[-4], shape[-3]
   if isinstance(mask, masks.BlockSparse):  # [B, N, query blocks, key blocks]
     return _leading(mask.table)
@@ -179,7 +180,7 @@ def _leading(mask: Any) -> tuple[int, int]:
 
 def _leading_of(x: Any, own: int) -> tuple[int, int]:
   """(batch, 1) of integers `[B, …]` with `own` axes after the batch, which may be missing."""
-  shape = np.shape(0 if x is None else x)
+  shape: Any = np.shape(0 if x is None else x)
   return (shape[0] if len(shape) == own + 1 else 1), 1
 
 

@@ -52,7 +52,7 @@ def kinds(some: Any, every: Any) -> Any:
 def visits(kinds: Any) -> Visits:
   """Lists that walk a table of kinds `[B|1, K|1, rows, columns]` row by row; transpose it first for column by column."""
   static = isinstance(kinds, np.ndarray)
-  xp = np if static else jnp
+  xp: Any = np if static else jnp
   *lead, rows, columns = kinds.shape
   if max(rows, columns) > MAX_TILES:
     raise NotImplementedError(f"{rows} x {columns} tiles; at most {MAX_TILES} fit along an axis. Use larger tiles.")

@@ -82,6 +82,7 @@ def test_the_sentence_and_the_legend():
 
 
 def test_a_large_map_is_scaled_down_to_the_page(monkeypatch):
+  monkeypatch.setenv("COLUMNS", "100")
   mask = masks.Causal()
   for _ in range(10):
     mask &= masks.Causal()  # the expression is wider than the page, too

@@ -63,8 +63,9 @@ def compile_gradient(chip, qkv, dtype, arrays, options):
 
   def loss(floats, others):
     given = dict(zip(names, (floats["arrays"].get(n, others.get(n)) for n in names)))
-    built = {"mask": BUILDERS[n](given.pop(n)) for n in list(given) if n in BUILDERS}
-    out, lse = attend(*floats["qkv"], **given, **built, **options)
+    for n in set(given) & set(BUILDERS):
+      given["mask"] = BUILDERS[n](given.pop(n))
+    out, lse = attend(*floats["qkv"], **given, **options)
     return out.astype(jnp.float32).sum() + lse.sum()
 
   struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)

@@ -33,11 +33,11 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
   count = len(jax.tree.leaves(logits))
 
   def kernel(codes, *refs):
-    leaf_refs, (q_ref, k_ref, v_ref, out_ref, lse_ref, m_ref, l_ref, acc_ref) = refs[:count], refs[count:]
+    leaf_refs, (q_ref, k_ref, v_ref, out_ref, lse_ref, m_ref, total_ref, acc_ref) = refs[:count], refs[count:]
     b, h, n = (pl.program_id(axis) for axis in range(3))
     kv_head = lax.div(h, call.groups)
     first, last = walk.ends(codes, b, kv_head, n)
-    state_refs = m_ref, l_ref, acc_ref
+    state_refs = m_ref, total_ref, acc_ref
 
     @pl.when(first)
     def _():
@@ -48,14 +48,14 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
       s = call.scores(logits, launch.leaf_tiles(logits, leaf_refs), where(b, h, n, codes), qk, masked)
       dot = lambda p, v: call.dot(p.astype(v.dtype), v, (1, 0))
       weigh = lambda p: softmax.weigh_masked(p, s, v_ref[...], dot) if masked else dot(p, v_ref[...])
-      state = softmax.State(m_ref[:, :1], l_ref[:, :1], acc_ref[...])
+      state = softmax.State(m_ref[:, :1], total_ref[:, :1], acc_ref[...])
       _write(state_refs, softmax.accumulate(state, s, weigh))
 
     launch.by_kind(walk.code(codes, b, kv_head, n), step)
 
     @pl.when(last)
     def _():
-      out, lse = softmax.finish(softmax.State(m_ref[:, :1], l_ref[:, :1], acc_ref[...]))
+      out, lse = softmax.finish(softmax.State(m_ref[:, :1], total_ref[:, :1], acc_ref[...]))
       out_ref[...] = out.astype(out_ref.dtype)
       lse_ref[...] = leaves.row(lse)
 

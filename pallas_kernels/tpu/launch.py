@@ -35,7 +35,7 @@ class Call:
     return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
                            preferred_element_type=jnp.float32)
 
-  def scores(self, logits: Any, tiles: Any, at: "Place", qk: Any, masked: bool) -> Any:
+  def scores(self, logits: Any, tiles: Any, at: Place, qk: Any, masked: bool) -> Any:
     """The scores of a tile; what lies past the last query or key is masked."""
     rows, columns = self.tiles
     row = at.i * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
@@ -48,10 +48,10 @@ class Call:
     tile = jax.tree.unflatten(jax.tree.structure(logits), tiles)
     return tile.scores(qk, tile.coordinates(at.batch, at.head, row, column), masked, inside)
 
-  def launch(self, kernel: Callable, name: str, grid: tuple[int, ...], codes: Any, ins: list["Operand"], outs: list["Operand"],
+  def launch(self, kernel: Callable, name: str, grid: tuple[int, ...], codes: Any, ins: list[Operand], outs: list[Operand],
              scratch: list[Any], parallel: int) -> list[Any]:
     """Runs `kernel(codes, *ins, *outs, *scratch)`; the first `parallel` axes of the grid may run in any order."""
-    semantics = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
+    semantics: Any = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
     return pl.pallas_call(
         kernel, name=name, interpret=self.interpret,
         out_shape=[jax.ShapeDtypeStruct(o.array.shape, o.array.dtype) for o in outs],
