@@ -53,7 +53,7 @@ def tangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: Any
   By row: dlse = Σ P ∘ dS and dout = (P ∘ dS) V + P dV - dlse · out.
   """
   walk, dwalk = Walk(problem, plan), Walk(dproblem, plan)
-  lse, out = walk.fill(lse[..., None], 0), walk.fill(out, 0)
+  lse, out = walk.fill(lse[..., None], 0, value=-softmax.INF), walk.fill(out, 0)
   zeros = lambda width: jnp.zeros((*plan.chunk, walk.groups, plan.tiles[0], width), walk.dtype)
 
   def each_row(chunk, i, buffers):
@@ -85,7 +85,8 @@ def cotangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: A
   """(dq, dk, dv, gradients of those leaves of `logits` that are `wanted`), in one pass with five products a tile."""
   walk = Walk(problem, plan)
   dout, delta = softmax.row_cotangents(out, lse, dout, dlse)
-  dout, lse, delta = walk.fill(dout, 0), walk.fill(lse[..., None], 0), walk.fill(delta[..., None], 0)
+  dout, delta = walk.fill(dout, 0), walk.fill(delta[..., None], 0)
+  lse = walk.fill(lse[..., None], 0, value=-softmax.INF)  # rows past the end saw nothing: P is 0 whatever their scores
   pick = lambda leaves: [x for x, w in zip(leaves, wanted) if w]
 
   def each_row(chunk, i, grads):
