@@ -127,8 +127,9 @@ ERRORS = {
     "blocks rank": (qkv(mask=masks.BlockSparse(np.ones(3, bool), 4)), ValueError, r"`masks.BlockSparse.table` has shape \(3,\); pass \[query blocks"),
     "custom float": (qkv(mask=masks.Custom(lambda b, h, q, k: (q - k).astype("float32"))), ValueError,
                      "`the value of masks.Custom.*has dtype float32; it must be bool"),
-    "not a mask": (qkv(mask="causal"), ValueError, "`mask`.*must be bool, True where a key is seen, or a mask from jflash.masks"),
-    "a class": (qkv(mask=masks.Causal), TypeError, r"`mask` is the class Causal; pass an instance, masks.Causal\(\)"),
+    "mask text": (qkv(mask="causal"), TypeError, "`mask` is 'causal'; pass a boolean array or a mask from jflash.masks"),
+    "mask number": (qkv(mask=1), ValueError, "`mask` has dtype int32; it must be bool.*or a mask from jflash.masks"),
+    "a class": (qkv(mask=masks.Causal), TypeError, r"`mask` is the class Causal; pass an instance, masks.Causal\("),
     "a bare rule": (qkv(mask=lambda b, h, q, k: q >= k), TypeError, r"`mask` is a function; pass masks.Custom\("),
 }
 
