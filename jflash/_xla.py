@@ -49,14 +49,14 @@ class _Walker:
   def rows(self, x: Any, chunk: _Chunk, tile: Any) -> Any:
     """Query rows of `[B, T, N, H]` as `[Bc, Kc, G, rows, H]`."""
     (batch, heads), size = self.plan.chunk, self.plan.tiles[0]
-    x = lax.dynamic_slice(x, (chunk.batch, tile * size, chunk.kv_head * self.groups, 0),
+    x = lax.dynamic_slice(x, _start(chunk.batch, tile * size, chunk.kv_head * self.groups, 0),
                           (batch, size, heads * self.groups, x.shape[3]))
     return self._widen(x.reshape(batch, size, heads, self.groups, -1).transpose(0, 2, 3, 1, 4))
 
   def columns(self, x: Any, chunk: _Chunk, tile: Any) -> Any:
     """Key rows of `[B, S, K, H]` as `[Bc, Kc, columns, H]`."""
     (batch, heads), size = self.plan.chunk, self.plan.tiles[1]
-    x = lax.dynamic_slice(x, (chunk.batch, tile * size, chunk.kv_head, 0), (batch, size, heads, x.shape[3]))
+    x = lax.dynamic_slice(x, _start(chunk.batch, tile * size, chunk.kv_head, 0), (batch, size, heads, x.shape[3]))
     return self._widen(x.transpose(0, 2, 1, 3))
 
   def _widen(self, x: Any) -> Any:
@@ -66,12 +66,12 @@ class _Walker:
     """Writes `[Bc, Kc, G, rows, H]` into `[B, T, N, H]`."""
     batch, heads, groups, size, width = x.shape
     x = x.transpose(0, 3, 1, 2, 4).reshape(batch, size, heads * groups, width).astype(buffer.dtype)
-    return lax.dynamic_update_slice(buffer, x, (chunk.batch, tile * size, chunk.kv_head * groups, 0))
+    return lax.dynamic_update_slice(buffer, x, _start(chunk.batch, tile * size, chunk.kv_head * groups, 0))
 
   def add_columns(self, buffer: Any, x: Any, chunk: _Chunk, tile: Any) -> Any:
     """Adds `[Bc, Kc, columns, H]` to `[B, S, K, H]`."""
     x = x.transpose(0, 2, 1, 3)
-    start = chunk.batch, tile * x.shape[1], chunk.kv_head, 0
+    start = _start(chunk.batch, tile * x.shape[1], chunk.kv_head, 0)
     return lax.dynamic_update_slice(buffer, lax.dynamic_slice(buffer, start, x.shape) + x, start)
 
   def _leaf_slice(self, x: Any, chunk: _Chunk, i: Any, j: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
@@ -81,7 +81,7 @@ class _Walker:
               (j * columns, columns))
     start = [(0 if n == 1 else first) for n, (first, _) in zip(x.shape, wanted)]
     size = [(1 if n == 1 else length) for n, (_, length) in zip(x.shape, wanted)]
-    return (*start, *(0,) * (x.ndim - 4)), (*size, *x.shape[4:])
+    return _start(*start, *(0,) * (x.ndim - 4)), (*size, *x.shape[4:])
 
   def leaf(self, x: Any, chunk: _Chunk, i: Any, j: Any) -> Any:
     """A tile of `[B|1, N|1, T|1, S|1, …]` as `[Bc|1, Kc|1, G|1, rows|1, columns|1, …]`."""
@@ -116,7 +116,7 @@ class _Walker:
       pick = lambda x: x[b if lists > 1 else 0, h if kv_lists > 1 else 0]
       return body(_Chunk(b, h, pick(visits.codes), pick(visits.starts)), carry)
 
-    return lax.fori_loop(0, (problem.batch // batch) * (problem.kv_heads // heads), step, init)
+    return _loop((problem.batch // batch) * (problem.kv_heads // heads), step, init)
 
 
 def _pad(x: Any, side: int, tiles: tuple[int, int], axis: int = 1) -> Any:
@@ -126,6 +126,16 @@ def _pad(x: Any, side: int, tiles: tuple[int, int], axis: int = 1) -> Any:
     return x
   missing = -size % tiles[side]
   return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)]) if missing else x
+
+
+def _start(*indices: Any) -> tuple[Any, ...]:
+  """Where a slice starts; JAX wants the indices in one dtype, and Python's own are int64 where x64 is on."""
+  return tuple(lax.convert_element_type(index, np.int32) for index in indices)
+
+
+def _loop(count: int, body: Any, init: Any) -> Any:
+  """`fori_loop` from 0 that counts in int32, as schedules do, also where the integers of JAX have 64 bits."""
+  return lax.fori_loop(0, count, lambda i, carry: body(lax.convert_element_type(i, np.int32), carry), init)
 
 
 def _by_kind(code: Any, compute: Any, nothing: Any, *args: Any) -> Any:
@@ -157,7 +167,7 @@ def forward(problem: Problem, plan: Plan, visits: Schedule) -> tuple[Any, Any]:
     out, lse = softmax.finish(lax.fori_loop(chunk.starts[i], chunk.starts[i + 1], visit, state))
     return walk.put_rows(buffers[0], out, chunk, i), walk.put_rows(buffers[1], lse, chunk, i)
 
-  each_chunk = lambda chunk, buffers: lax.fori_loop(0, padded // plan.tiles[0], functools.partial(_swap, each_row, chunk), buffers)
+  each_chunk = lambda chunk, buffers: _loop(padded // plan.tiles[0], functools.partial(_swap, each_row, chunk), buffers)
   buffers = (jnp.zeros((batch, padded, heads, problem.value_width), problem.v.dtype),
              jnp.zeros((batch, padded, heads, 1), walk.dtype))
   out, lse = walk.each_chunk(problem, visits.rows, each_chunk, buffers)
@@ -227,7 +237,7 @@ def cotangent(problem: Problem, plan: Plan, visits: Schedule, out: Any, lse: Any
     dq, others = lax.fori_loop(chunk.starts[i], chunk.starts[i + 1], visit, (jnp.zeros(dq_shape, walk.dtype), grads[1]))
     return walk.put_rows(grads[0], dq, chunk, i), others
 
-  each_chunk = lambda chunk, grads: lax.fori_loop(0, walk.q.shape[1] // plan.tiles[0], functools.partial(_swap, each_row, chunk),
+  each_chunk = lambda chunk, grads: _loop(walk.q.shape[1] // plan.tiles[0], functools.partial(_swap, each_row, chunk),
                                                   grads)
   zeros = lambda x, dtype=None: jnp.zeros(x.shape, dtype or walk.dtype)
   grads = zeros(walk.q, problem.q.dtype), (zeros(walk.k), zeros(walk.v), [zeros(x) for w, x in zip(wanted, leaves) if w])
@@ -272,7 +282,7 @@ def tangent(problem: Problem, plan: Plan, visits: Schedule, out: Any, lse: Any, 
     dlse, dout = lax.fori_loop(chunk.starts[i], chunk.starts[i + 1], visit, (zeros(1), zeros(problem.value_width)))
     return walk.put_rows(buffers[0], dout - dlse * row_out.astype(walk.dtype), chunk, i), walk.put_rows(buffers[1], dlse, chunk, i)
 
-  each_chunk = lambda chunk, buffers: lax.fori_loop(0, padded // plan.tiles[0], functools.partial(_swap, each_row, chunk), buffers)
+  each_chunk = lambda chunk, buffers: _loop(padded // plan.tiles[0], functools.partial(_swap, each_row, chunk), buffers)
   buffers = (jnp.zeros((batch, padded, heads, problem.value_width), problem.v.dtype),
              jnp.zeros((batch, padded, heads, 1), walk.dtype))
   dout, dlse = walk.each_chunk(problem, visits.rows, each_chunk, buffers)
