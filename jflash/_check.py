@@ -63,7 +63,7 @@ def real_scalar(x: Any, name: str) -> Any:
 
 def positive(x: Any, name: str) -> Any:
   """A real scalar that is greater than zero (as far as that is known while tracing)."""
-  if isinstance(x, (int, float)) and not x > 0:
+  if isinstance(x, (int, float, np.number)) and not x > 0:
     raise ValueError(f"`{name}` is {x}; it must be greater than 0, or None for none.")
   return real_scalar(x, name)
 
@@ -215,6 +215,12 @@ def window(value: Any) -> tuple[Any, Any]:
 
 def mask_array(x: Any, sizes: Any) -> Any:
   """A `mask` argument that is an array."""
+  if isinstance(x, type):
+    raise TypeError(f"`mask` is the class {x.__name__}; pass an instance, masks.{x.__name__}(…).")
+  if callable(x) and not hasattr(x, "dtype"):
+    raise TypeError("`mask` is a function; pass masks.Custom(function), which calls it with batch, head and positions.")
+  if x is None or isinstance(x, str):
+    raise TypeError(f"`mask` is {x!r}; pass a boolean array or a mask from jflash.masks, for example masks.Causal().")
   x = as_array(x)
   if x.dtype != np.bool_:
     raise ValueError(f"`mask` has dtype {x.dtype}; it must be bool, True where a key is seen, or a mask from jflash.masks. An "

@@ -1,0 +1,147 @@
+"""Accuracy by ratio: an answer may be off by what dense attention in the same dtype is off, times 2, or 3 for gradients.
+
+The truth is `jflash._reference` in float64. To that allowance come two rounding errors that no algorithm escapes: of a number in
+the result's dtype, 2 · max|(ref + 0.3 - 0.3) - ref|, and of a sum of many terms, eps · Σ|terms|, because the dense gradient of
+a single number, such as the scale, may happen to be exact. float64 has no better dtype to be judged by: its allowance is
+that of float32, scaled by the ratio of their eps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflash import _reference
+
+from cases import SCORE_TERMS, Built
+
+
+class Answer(NamedTuple):
+  """out, lse, and the gradients by argument name, as NumPy arrays."""
+
+  out: Any
+  lse: Any
+  grads: dict[str, Any]
+
+
+def arrays_of(built: Built) -> dict[str, Any]:
+  """The arguments that get a gradient."""
+  terms = {name: built.kwargs[name] for name in SCORE_TERMS if isinstance(built.kwargs.get(name), np.ndarray)}
+  return {"query": built.q, "key": built.k, "value": built.v, **terms}
+
+
+def draw_cotangents(built: Built, seed: int = 0) -> tuple[Any, Any]:
+  """Random cotangents for `out [B, T, N, E]` and for `lse [B, T, N]`."""
+  rng = np.random.default_rng(seed)
+  shape = (*built.q.shape[:3], built.v.shape[3])
+  wide = np.float64 if built.q.dtype == np.float64 else np.float32
+  return rng.normal(size=shape).astype(built.q.dtype), rng.normal(size=shape[:3]).astype(wide)
+
+
+def answer(function: Any, arrays: dict[str, Any], cotangents: Any) -> Answer:
+  """`function(**arrays) -> (out, lse)` and its gradients."""
+  (out, lse), pull = jax.vjp(lambda x: function(**x), {name: jnp.asarray(x) for name, x in arrays.items()})
+  grads, = pull(tuple(jnp.asarray(c).astype(y.dtype) for c, y in zip(cotangents, (out, lse))))
+  return jax.tree.map(np.asarray, Answer(out, lse, grads))
+
+
+def _positions(built: Built) -> dict[str, Any]:
+  names = ("query_positions", built.q), ("key_value_positions", built.k)
+  return {n: np.broadcast_to(built.kwargs[n], x.shape[:2]) for n, x in names if n in built.kwargs}
+
+
+def _finite_bias(built: Built) -> tuple[Any, Any]:
+  """(bias, keep): a bias of -inf is a mask by another name."""
+  bias = built.kwargs.get("bias")
+  if bias is None:
+    return None, built.keep
+  return np.where(bias == -np.inf, 0, bias), built.keep & (bias > -np.inf)
+
+
+def dense(built: Built, cotangents: Any, dtype: Any) -> Answer:
+  """What `_reference.attention` answers when all is computed in `dtype`."""
+  bias, keep = _finite_bias(built)
+  kwargs = {name: built.kwargs[name] for name in SCORE_TERMS if name in built.kwargs} | _positions(built)
+  arrays = arrays_of(built) | ({"bias": bias} if bias is not None else {})
+
+  def function(**moving):
+    moving = {name: x.astype(dtype) for name, x in moving.items()}
+    for name in ("scale", "logits_soft_cap"):
+      if name in moving:
+        moving[name] = moving[name].reshape(())
+    return _reference.attention(**{**kwargs, **moving}, keep=keep, dtype=dtype)
+
+  return answer(function, arrays, cotangents)
+
+
+def exact(built: Built, cotangents: Any) -> tuple[Answer, dict[str, Any]]:
+  """The answer in float64, and Σ|terms| of the gradients that are sums over scores.
+
+  Every score term is blown up to `[B, N, T, S]` first, so that the gradient of a term is a plain sum of what is returned.
+  """
+  bias, keep = _finite_bias(built)
+  arrays = arrays_of(built) | ({"bias": bias} if bias is not None else {})
+  lay_out = {"alibi_slopes": lambda x: x.reshape(-1, x.shape[-1], 1, 1), "bias": lambda x: x.reshape((1,) * (4 - x.ndim) + x.shape)}
+  flat = {name: lay_out.get(name, lambda x: x.reshape(1, 1, 1, 1))(x) for name, x in arrays.items() if name in SCORE_TERMS}
+  b, t, n, _ = built.q.shape
+  i, j = (_positions(built).get(name, np.arange(size)[None])
+          for name, size in (("query_positions", t), ("key_value_positions", built.k.shape[1])))
+  distance = abs(i[:, None, :, None].astype(np.float64) - j[:, None, None, :])
+  numbers = {name: built.kwargs[name] for name in ("scale", "logits_soft_cap") if name in built.kwargs and name not in arrays}
+
+  def function(query, key, value, **full):
+    slopes = full.pop("alibi_slopes", None)
+    if slopes is not None:
+      full["bias"] = full.get("bias", 0) - slopes * distance
+    return _reference.attention(query, key, value, keep=keep, dtype=jnp.float64, **numbers, **full)
+
+  with jax.enable_x64(True):
+    wide = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
+    wide |= {name: np.array(np.broadcast_to(np.asarray(x, np.float64), keep.shape)) for name, x in flat.items()}
+    result = answer(function, wide, cotangents)
+  grads, sums = dict(result.grads), {}
+  for name, x in flat.items():
+    axes = tuple(axis for axis in range(4) if x.shape[axis] == 1)
+    grads[name] = result.grads[name].sum(axes, keepdims=True).reshape(arrays[name].shape)
+    sums[name] = abs(result.grads[name]).sum(axes).max()
+  return result._replace(grads=grads), sums
+
+
+def check(ours: Answer, built: Built, cotangents: Any) -> None:
+  """Asserts shapes, dtypes and values of out, lse and all gradients."""
+  truth, sums = exact(built, cotangents)
+  dtype = built.q.dtype
+  wide = dtype if dtype == np.float64 else np.dtype(np.float32)
+  if dtype == np.float64:  # judged as float32 is, times the ratio of their eps
+    narrow = lambda x: np.asarray(x, np.float32) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x
+    as_float32 = Built(*map(narrow, built[:3]), {n: narrow(x) for n, x in built.kwargs.items()}, built.keep)
+    naive, base = dense(as_float32, cotangents, np.float32), exact(as_float32, cotangents)[0]
+    shrink = np.finfo(np.float64).eps / np.finfo(np.float32).eps
+  else:
+    naive, base, shrink = dense(built, cotangents, dtype), truth, 1.0
+  assert ours.out.dtype == dtype and ours.lse.dtype == wide
+  close(ours.out, truth.out, naive.out - base.out, 2 * shrink, "out")
+  seen = truth.lse > -np.inf
+  np.testing.assert_array_equal(ours.lse == -np.inf, ~seen, "lse is -inf exactly where nothing is seen")
+  close(ours.lse[seen], truth.lse[seen], (naive.lse - np.where(seen, base.lse, 0))[seen], 2 * shrink, "lse")
+  assert not ours.out.astype(np.float64)[~seen].any(), "out is 0 where nothing is seen"
+  assert not ours.grads["query"].astype(np.float64)[~seen].any(), "no gradient where nothing is seen"
+  for name, x in arrays_of(built).items():
+    got = ours.grads[name]
+    assert got.dtype == x.dtype and got.shape == x.shape, name
+    error = np.finfo(wide).eps * sums.get(name, 0)
+    close(got, truth.grads[name], naive.grads[name].astype(np.float64) - base.grads[name], 3 * shrink, f"d{name}", error)
+
+
+def close(got: Any, truth: Any, naive_error: Any, factor: float, name: str, sum_error: float = 0.0) -> None:
+  """Asserts |got - truth| <= factor · max|naive_error| + rounding of the result + rounding of its sum."""
+  if not truth.size:
+    return
+  rounded = truth.astype(got.dtype)
+  shift = np.asarray(0.3, got.dtype)
+  rounding = 2 * np.max(abs(((rounded + shift) - shift).astype(np.float64) - rounded.astype(np.float64)))
+  error, allowed = np.max(abs(got.astype(np.float64) - truth)), factor * np.max(abs(naive_error)) + rounding + sum_error
+  assert error <= allowed, f"{name}: off by {error:.3g}, and {allowed:.3g} is allowed (largest value {abs(truth).max():.3g})"

@@ -1,0 +1,35 @@
+"""Attention's answer and all of its gradients, by every backend, for every case of the table."""
+
+from __future__ import annotations
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+
+import mask_cases  # noqa: F401  (adds to the table)
+import oracle
+from backends import BACKENDS, attention
+from cases import CASES
+
+WALK = [pytest.param(case, backend, id=f"{backend}-{case.name}")
+        for backend in BACKENDS for case in CASES if case.only is None or backend in case.only]
+
+
+def test_names_are_unique():
+  names = [case.name for case in CASES]
+  assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("case, backend", WALK)
+def test_case(case, backend):
+  built = case.build()
+  cotangents = oracle.draw_cotangents(built)
+  moving = oracle.arrays_of(built)
+  others = {name: x for name, x in built.kwargs.items() if name not in moving}
+  with jax.enable_x64(True) if case.dtype == "float64" else contextlib.nullcontext():
+    ours = oracle.answer(lambda **x: attention(backend, **x, **others), moving, cotangents)
+  for x in (ours.out, *ours.grads.values()):
+    assert np.isfinite(x.astype(np.float64)).all()
+  oracle.check(ours, built, cotangents)

@@ -1,0 +1,111 @@
+"""Lists of visits against the tables that they come from."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pallas_kernels import schedule
+
+QUICK = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def tables(draw):
+  """(some, every) of shape [B|1, K|1, rows, columns]; every implies some."""
+  shape = tuple(draw(st.sampled_from(sizes)) for sizes in ((1, 3), (1, 2), (1, 4, 5), (1, 3, 6)))
+  rng, density = np.random.default_rng(draw(st.integers(0, 2**32))), draw(st.sampled_from((0.0, 0.2, 0.6, 1.0)))
+  some = rng.random(shape) < density
+  return some, some & (rng.random(shape) < 0.5)
+
+
+def walked(visits, rows: int) -> np.ndarray:
+  """The table of kinds that the lists visit; -1 where nothing goes. Asserts order, and that no tile is visited twice."""
+  codes, starts = np.asarray(visits.codes), np.asarray(visits.starts)
+  kinds = {}
+  for b in range(codes.shape[0]):
+    for h in range(codes.shape[1]):
+      for r in range(rows):
+        for code in codes[b, h, starts[b, h, r]:starts[b, h, r + 1]]:
+          assert schedule.outer(code) == r
+          at = b, h, r, int(schedule.inner(code))
+          assert at not in kinds
+          kinds[at] = int(schedule.kind(code))
+  return kinds
+
+
+@QUICK
+@given(tables())
+def test_visits_are_the_table(table):
+  some, every = table
+  kinds = walked(schedule.visits(some, every), some.shape[2])
+  for at in np.ndindex(*some.shape):
+    if some[at]:
+      assert kinds[at] == (schedule.FULL if every[at] else schedule.PARTIAL)
+    else:
+      assert kinds.get(at, schedule.EMPTY) == schedule.EMPTY
+
+
+@QUICK
+@given(tables())
+def test_every_row_has_a_visit_and_empty_ones_are_alone(table):
+  visits = schedule.visits(*table)
+  counts = np.diff(visits.starts, axis=-1)
+  np.testing.assert_array_equal(counts, np.maximum(table[0].sum(-1), 1))
+  assert (visits.starts[..., 0] == 0).all()
+
+
+@QUICK
+@given(tables())
+def test_the_transpose_visits_the_same_tiles(table):
+  some, every = table
+  kept = lambda kinds: {at: kind for at, kind in kinds.items() if kind != schedule.EMPTY}
+  forward = kept(walked(schedule.visits(some, every), some.shape[2]))
+  back = kept(walked(schedule.visits(some.swapaxes(-1, -2), every.swapaxes(-1, -2)), some.shape[3]))
+  assert forward == {(b, h, r, c): kind for (b, h, c, r), kind in back.items()}
+
+
+_traced = jax.jit(schedule.visits)
+
+
+@QUICK
+@given(tables())
+def test_static_and_traced_agree(table):
+  static, traced = schedule.visits(*table), _traced(*table)
+  assert isinstance(static.codes, np.ndarray) and isinstance(traced.codes, jax.Array)
+  np.testing.assert_array_equal(static.starts, traced.starts)
+  length = static.codes.shape[-1]
+  assert length == static.starts[..., -1].max()  # as long as the longest list, and no longer
+  np.testing.assert_array_equal(static.codes, traced.codes[..., :length])
+
+
+@QUICK
+@given(tables())
+def test_what_is_left_over_repeats_the_last_tile_as_empty(table):
+  for visits in (schedule.visits(*table), _traced(*table)):
+    codes, starts = np.asarray(visits.codes), np.asarray(visits.starts)
+    for at in np.ndindex(*codes.shape[:2]):
+      end = starts[at][-1]
+      assert (schedule.kind(codes[at][end:]) == schedule.EMPTY).all()
+      assert (codes[at][end:] >> 2 == codes[at][end - 1] >> 2).all()
+
+
+def test_codes_hold_the_largest_tile_numbers():
+  some = np.zeros((1, 1, 2, schedule.MAX_TILES), bool)
+  some[..., -1] = True
+  code = schedule.visits(some, some).codes[0, 0, 1]
+  assert (schedule.outer(code), schedule.inner(code), schedule.kind(code)) == (1, schedule.MAX_TILES - 1, schedule.FULL)
+  tall = some.swapaxes(-1, -2)
+  code = schedule.visits(tall, tall).codes[0, 0, -1]
+  assert schedule.outer(code) == schedule.MAX_TILES - 1 and code > 0
+
+
+def test_too_many_tiles():
+  some = np.ones((1, 1, 1, schedule.MAX_TILES + 1), bool)
+  with pytest.raises(NotImplementedError, match="16385 tiles; at most 16384.*larger tiles"):
+    schedule.visits(some, some)
+  with pytest.raises(NotImplementedError):
+    schedule.visits(jnp.asarray(some), jnp.asarray(some))
