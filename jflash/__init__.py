@@ -2,6 +2,10 @@
 
 from . import masks as masks
 from ._api import attention as attention
+from ._explain import Explanation as Explanation
+from ._explain import explain as explain
 from ._plan import interpret as interpret
+from ._show import TileMap as TileMap
+from ._show import show as show
 
 __version__ = "0.1.0"

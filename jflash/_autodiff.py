@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
@@ -28,7 +29,7 @@ OUT_NAME, LSE_NAME = "jflash_out", "jflash_lse"  # for policies of `jax.checkpoi
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def attend(backend: str, plan: _plan.Plan, problem: Problem, schedule: _plan.Schedule) -> tuple[Any, Any]:
   """`(out [B, T, N, E], lse [B, T, N])`, both differentiable in q, k, v and every float array of the logits."""
-  return _backends.get(backend).forward(problem, plan, schedule)
+  return _backends.get(backend).load().forward(problem, plan, schedule)
 
 
 def _attend_jvp(backend, plan, primals, tangents):
@@ -51,7 +52,7 @@ def _attend_jvp(backend, plan, primals, tangents):
 
   def transpose(residuals, cotangents):
     problem, schedule, out, lse = residuals
-    dq, dk, dv, dlogits = _backends.get(backend).cotangent(problem, plan, schedule, out, lse, *cotangents, wanted=moves[3:])
+    dq, dk, dv, dlogits = _backends.get(backend).load().cotangent(problem, plan, schedule, out, lse, *cotangents, wanted=moves[3:])
     return [g for m, g in zip(moves[:3], (dq, dk, dv)) if m] + dlogits
 
   moving = [d for m, d in zip(moves, dleaves) if m]
@@ -95,7 +96,7 @@ def _linear_impl(*args, apply, transpose, constants):
 def _linear_abstract_eval(*avals, apply, transpose, constants):
   del transpose
   outs = jax.eval_shape(apply, list(avals[:constants]), list(avals[constants:]))
-  return [jax.core.ShapedArray(x.shape, x.dtype) for x in outs]
+  return [core.ShapedArray(x.shape, x.dtype) for x in outs]
 
 
 def _linear_jvp(primals, tangents, **params):

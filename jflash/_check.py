@@ -195,7 +195,7 @@ def same_lengths(sizes: Any, name: str, missing: str) -> None:
 
 
 def window_side(value: Any, name: str) -> None:
-  if isinstance(value, bool) or isinstance(value, (float, str, list, tuple)):
+  if isinstance(value, (bool, float, str, list, tuple)):
     raise TypeError(f"`{name}` is {value!r}; pass an integer >= 0, or None for no limit.")
   if isinstance(value, int) and value < 0:
     raise ValueError(f"`{name}` is {value}; pass an integer >= 0, or None for no limit. A window counts positions to each side, "

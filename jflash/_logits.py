@@ -34,20 +34,30 @@ class Logits:
     k = column if self.key_positions is None else self.key_positions
     return Coordinates(batch, head, row, column, q, k)
 
-  def scores(self, qk: Any, at: Coordinates, masked: bool) -> Any:
-    """The scores of a tile from its products `qk`; the mask is left out where it is known to keep everything."""
+  def scores(self, qk: Any, at: Coordinates, masked: bool, inside: Any = None) -> Any:
+    """The scores of a tile from its products `qk`.
+
+    Args:
+      masked: False where the mask is known to keep the whole tile, which leaves it out.
+      inside: for a masked tile at the ragged end, which of its elements are queries and keys at all.
+    """
+    keep = self._keep(at, inside) if masked else None
+    # What is masked must be finite before it enters any product, or its zero cotangent would come back as 0 · NaN.
+    hide = lambda x: x if keep is None else jnp.where(keep, x, 0.0)
     as_scores = lambda x: x if isinstance(x, float) else x.astype(qk.dtype)
-    s = qk * as_scores(self.scale)
+    s = hide(qk) * as_scores(self.scale)
     if self.bias is not None:
       s = s + as_scores(self.bias)
     if self.alibi_slopes is not None:
       s = s - as_scores(self.alibi_slopes) * jnp.abs(at.q - at.k).astype(qk.dtype)
     if self.soft_cap is not None:
       cap = as_scores(self.soft_cap)
-      s = cap * jnp.tanh(s / cap)
-    if masked and self.mask is not None:
-      s = jnp.where(self.mask.keep(at), s, -jnp.inf)
-    return s
+      s = cap * jnp.tanh(hide(s) / cap)
+    return s if keep is None else jnp.where(keep, s, -jnp.inf)
+
+  def _keep(self, at: Coordinates, inside: Any) -> Any:
+    keep = None if self.mask is None else self.mask.keep(at)
+    return inside if keep is None else keep if inside is None else keep & inside
 
   def table(self, queries: int, keys: int, tiles: tuple[int, int]) -> tuple[Any, Any]:
     """(some, all) for every tile, `[B|1, N|1, T tiles, S tiles]`: NumPy arrays as far as the mask is known while tracing."""
@@ -69,14 +79,16 @@ def _span(x: Any, tiles: tuple[int, int]) -> Span:
   if x.ndim > 4:
     return Span(x, x)
   xp = np if isinstance(x, np.ndarray) else jnp
+
+  def split(y, axis):
+    """The axis as (tiles, elements of a tile); the last tile is filled up with its own last value, which keeps its span."""
+    tile = tiles[axis - 2]
+    count = -(-y.shape[axis] // tile)
+    pad = [(0, count * tile - n if a == axis else 0) for a, n in enumerate(y.shape)]
+    return xp.pad(y, pad, mode="edge").reshape(*y.shape[:axis], count, tile, *y.shape[axis + 1:])
+
   lo = hi = x
-  for axis, tile in zip((2, 3), tiles):
-    size = x.shape[axis]
-    if size == 1:
-      continue
-    count = -(-size // tile)
-    # The last tile is filled up with its own last value, which leaves its span as it is.
-    pad = [(0, count * tile - size if a == axis else 0) for a in range(4)]
-    split = lambda y: xp.pad(y, pad, mode="edge").reshape(*y.shape[:axis], count, tile, *y.shape[axis + 1:])
-    lo, hi = split(lo).min(axis=axis + 1), split(hi).max(axis=axis + 1)
+  for axis in (2, 3):
+    if x.shape[axis] > 1:
+      lo, hi = split(lo, axis).min(axis=axis + 1), split(hi, axis).max(axis=axis + 1)
   return Span(lo, hi)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -21,10 +22,11 @@ _forced_tiles: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_tile
 
 
 class Schedule(NamedTuple):
-  """The visits row by row (a query tile and its key tiles) and column by column, `[B|1, K|1, …]` each."""
+  """The visits row by row (a query tile and its key tiles) and column by column, and the table they come from."""
 
   rows: schedule.Visits
   columns: schedule.Visits
+  kinds: Any  # EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, T tiles, S tiles]`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,17 @@ def plan_tpu(problem: Problem) -> Plan:
 
 def make_schedule(problem: Problem, plan: Plan) -> Schedule:
   """The visits of both passes; a tile at the ragged end is partial, and query heads that share a kv head share a list."""
+  if any(isinstance(x, jax.Array) for x in mask_arrays(problem)):  # one compiled function rather than many small operations
+    return _schedule_on_device(problem, plan)
+  return _schedule(problem, plan)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _schedule_on_device(problem: Problem, plan: Plan) -> Schedule:
+  return _schedule(problem, plan)
+
+
+def _schedule(problem: Problem, plan: Plan) -> Schedule:
   some, every = tile_table(problem, plan)
   if some.shape[1] > 1:
     group = lambda x: x.reshape(x.shape[0], problem.kv_heads, problem.groups, *x.shape[2:])
@@ -114,7 +127,8 @@ def make_schedule(problem: Problem, plan: Plan) -> Schedule:
   inside = [np.arange(1, count + 1) * tile <= size
             for size, tile, count in zip((problem.queries, problem.keys), plan.tiles, some.shape[2:])]
   every = every & (inside[0][:, None] & inside[1][None, :])
-  return Schedule(schedule.visits(some, every), schedule.visits(some.swapaxes(-1, -2), every.swapaxes(-1, -2)))
+  kinds = schedule.kinds(some, every)
+  return Schedule(schedule.visits(kinds), schedule.visits(kinds.swapaxes(-1, -2)), kinds)
 
 
 def tile_table(problem: Problem, plan: Plan) -> tuple[Any, Any]:
@@ -122,10 +136,15 @@ def tile_table(problem: Problem, plan: Plan) -> tuple[Any, Any]:
   return problem.logits.table(problem.queries, problem.keys, plan.tiles)
 
 
+def mask_arrays(problem: Problem) -> list[Any]:
+  """The arrays that decide what is kept."""
+  logits = problem.logits
+  return [] if logits.mask is None else jax.tree.leaves((logits.mask, logits.query_positions, logits.key_positions))
+
+
 def _table_lead(problem: Problem) -> tuple[int, int]:
   """How many batch elements and heads the mask tells apart."""
-  arrays = jax.tree.leaves((problem.logits.mask, problem.logits.query_positions, problem.logits.key_positions))
-  return tuple(max([x.shape[axis] for x in arrays], default=1) for axis in (0, 1))  # type: ignore[return-value]
+  return tuple(max([x.shape[axis] for x in mask_arrays(problem)], default=1) for axis in (0, 1))  # type: ignore[return-value]
 
 
 def _divisor(n: int, limit: int) -> int:

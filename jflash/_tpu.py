@@ -1,3 +1,94 @@
-def supports(problem):
-  return "not yet"
-forward = cotangent = None
+"""The Mosaic TPU kernels as a backend: heads lead, and what is shorter than a tile is filled up to one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import softmax, tpu
+from pallas_kernels.tpu.backward import Residuals
+
+from . import _plan, masks
+from ._problem import Problem
+
+
+def supports(problem: Problem) -> str | None:
+  """None, or why the kernels cannot compute this problem."""
+  if problem.q.dtype == jnp.float64:
+    return "a TPU has no float64; use implementation='xla'"
+  return _closes_over_arrays(problem.logits.mask)
+
+
+def _closes_over_arrays(mask: Any) -> str | None:
+  """Whether a `Custom` function in the mask brings arrays of its own, which a kernel has no way to load."""
+  for part in _parts(mask):
+    if isinstance(part, masks.Custom):
+      point = jax.ShapeDtypeStruct((1, 1), np.int32)
+      if any(np.ndim(c) for c in jax.make_jaxpr(part.fn)(*[point] * 4).consts):
+        return f"the function of {part!r} closes over an array; use implementation='xla', or BlockSparse or Dense for a table"
+  return None
+
+
+def _parts(mask: Any) -> list[Any]:
+  if mask is None:
+    return []
+  nested = [getattr(mask, name) for name in ("a", "b") if isinstance(getattr(mask, name, None), masks.Mask)]
+  return [mask] + [part for m in nested for part in _parts(m)]
+
+
+def _call(problem: Problem, plan: _plan.Plan) -> tpu.Call:
+  return tpu.Call(problem.queries, problem.keys, problem.groups, plan.tiles, plan.interpret)
+
+
+def _lead(x: Any, tile: int) -> Any:
+  """`[B, T, N, H]` as `[B, N, T, H]`, in a type that the chip multiplies, at least one tile long."""
+  x = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+  return _fill(x.transpose(0, 2, 1, 3), 2, tile)
+
+
+def _fill(x: Any, axis: int, tile: int) -> Any:
+  missing = tile - x.shape[axis]
+  return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)]) if missing > 0 else x
+
+
+def _fill_logits(problem: Problem, plan: _plan.Plan) -> Any:
+  fill = lambda x: functools.reduce(lambda y, a: y if y.shape[a] == 1 else _fill(y, a, plan.tiles[a - 2]), (2, 3), x)
+  return jax.tree.map(fill, problem.logits)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def forward(problem: Problem, plan: _plan.Plan, visits: _plan.Schedule) -> tuple[Any, Any]:
+  """`(out [B, T, N, E], lse [B, T, N])`."""
+  q, k, v = (_lead(x, plan.tiles[side]) for side, x in zip((0, 1, 1), (problem.q, problem.k, problem.v)))
+  out, lse = tpu.forward(_call(problem, plan), q, k, v, _fill_logits(problem, plan), visits.rows)
+  out = out[:, :, :problem.queries].transpose(0, 2, 1, 3).astype(problem.v.dtype)
+  return out, lse[:, :, 0, :problem.queries].transpose(0, 2, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "wanted"))
+def cotangent(problem: Problem, plan: _plan.Plan, visits: _plan.Schedule, out: Any, lse: Any, dout: Any, dlse: Any,
+              wanted: tuple[bool, ...]) -> tuple[Any, Any, Any, list[Any]]:
+  """(dq, dk, dv, gradients of those leaves of `logits` that are `wanted`)."""
+  rows, columns = plan.tiles
+  call = _call(problem, plan)
+  dout, delta = softmax.row_cotangents(out, lse, dout, dlse)
+  statistic = lambda x: _fill(x.astype(jnp.float32).transpose(0, 2, 1)[:, :, None, :], 3, rows)
+  residuals = Residuals(_lead(problem.q, rows), _lead(problem.k, columns), _lead(problem.v, columns), _lead(dout, rows),
+                        statistic(lse), statistic(delta))
+  logits = _fill_logits(problem, plan)
+  grads = tpu.backward(call, residuals, logits, visits.rows, visits.columns)
+  back = lambda x, like: x[:, :, :like.shape[1]].transpose(0, 2, 1, 3).astype(like.dtype)
+  dq, dk, dv = (back(x, like) for x, like in zip(grads, (problem.q, problem.k, problem.v)))
+
+  dleaves = []
+  for number, (w, leaf) in enumerate(zip(wanted, jax.tree.leaves(problem.logits))):
+    if w:
+      dleaf = tpu.leaf_gradient(call, residuals, logits, number, visits.kinds)
+      dleaves.append(dleaf[tuple(slice(n) for n in leaf.shape)].astype(leaf.dtype))
+  return dq, dk, dv, dleaves
+
+

@@ -43,15 +43,21 @@ def kind(code: Any) -> Any:
   return code & 3
 
 
-def visits(some: Any, every: Any) -> Visits:
-  """Lists that walk the table `[B|1, K|1, rows, columns]` row by row; `swapaxes(-1, -2)` it first for column by column."""
-  static = isinstance(some, np.ndarray) and isinstance(every, np.ndarray)
-  xp = np if static else jnp
-  *lead, rows, columns = some.shape
+def kinds(some: Any, every: Any) -> Any:
+  """EMPTY, PARTIAL or FULL from whether some, and whether every, element of a tile is kept."""
+  xp = np if isinstance(some, np.ndarray) and isinstance(every, np.ndarray) else jnp
+  return xp.where(some, xp.where(every, FULL, PARTIAL), EMPTY).astype(np.int32)
+
+
+def visits(kinds: Any) -> Visits:
+  """Lists that walk a table of kinds `[B|1, K|1, rows, columns]` row by row; transpose it first for column by column."""
+  static = isinstance(kinds, np.ndarray)
+  xp: Any = np if static else jnp
+  *lead, rows, columns = kinds.shape
   if max(rows, columns) > MAX_TILES:
     raise NotImplementedError(f"{rows} x {columns} tiles; at most {MAX_TILES} fit along an axis. Use larger tiles.")
   row, column = np.arange(rows, dtype=np.int32)[:, None], np.arange(columns, dtype=np.int32)[None, :]
-  kinds = xp.where(some, xp.where(every, FULL, PARTIAL), EMPTY).astype(np.int32)
+  some = kinds != EMPTY
   codes = (row << (_KIND_BITS + _TILE_BITS)) | (column << _KIND_BITS) | kinds
   listed = some | (~xp.any(some, axis=-1, keepdims=True) & (column == 0))
   counts = xp.sum(listed, axis=-1, dtype=np.int32)

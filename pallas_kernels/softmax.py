@@ -17,10 +17,10 @@ INF = float("inf")
 
 
 class State(NamedTuple):
-  """What has been seen of some rows: m = max s, l = Σ exp(s - m), acc = Σ exp(s - m) v."""
+  """What has been seen of some rows: m = max s, total = Σ exp(s - m), acc = Σ exp(s - m) v."""
 
   m: Any  # [..., rows, 1]
-  l: Any  # [..., rows, 1]
+  total: Any  # [..., rows, 1]
   acc: Any  # [..., rows, E]
 
 
@@ -36,14 +36,14 @@ def accumulate(state: State, s: Any, weigh: Callable[[Any], Any]) -> State:
   base = jnp.where(m == -INF, 0.0, m)  # rows that have seen nothing yet: exp(-inf - 0) = 0
   p = jnp.exp(s - base)
   shrink = jnp.exp(state.m - base)
-  return State(m, shrink * state.l + jnp.sum(p, axis=-1, keepdims=True), shrink * state.acc + weigh(p))
+  return State(m, shrink * state.total + jnp.sum(p, axis=-1, keepdims=True), shrink * state.acc + weigh(p))
 
 
 def finish(state: State) -> tuple[Any, Any]:
-  """out = acc / l and lse = m + log l; 0 and -inf for rows that saw nothing."""
+  """out = acc / total and lse = m + log total; 0 and -inf for rows that saw nothing."""
   empty = state.m == -INF
-  l = jnp.where(empty, 1.0, state.l)
-  return state.acc / l, jnp.where(empty, -INF, state.m + jnp.log(l))
+  total = jnp.where(empty, 1.0, state.total)
+  return state.acc / total, jnp.where(empty, -INF, state.m + jnp.log(total))
 
 
 def merge(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -65,6 +65,14 @@ def probabilities(s: Any, lse: Any) -> Any:
 def dscores(p: Any, dp: Any, delta: Any) -> Any:
   """dS = P ∘ (dP - δ) with dP = dO Vᵀ and δ = rowsum(dO ∘ O) - dlse, `[..., rows, 1]` (arXiv:2205.14135, Algorithm 4)."""
   return p * (dp - delta)
+
+
+def row_cotangents(out: Any, lse: Any, dout: Any, dlse: Any) -> tuple[Any, Any]:
+  """(dout, δ) for `dscores`: δ = rowsum(dO ∘ O) - dlse, `[...]`, and both 0 for rows that saw nothing, whatever arrives."""
+  dead = lse == -INF
+  dout = jnp.where(dead[..., None], jnp.zeros_like(dout), dout)
+  products = dout.astype(lse.dtype) * out.astype(lse.dtype)
+  return dout, jnp.where(dead, 0.0, jnp.sum(products, axis=-1) - dlse)
 
 
 def finite(x: Any) -> Any:

@@ -1,6 +1,29 @@
+<<<<<<< HEAD
+"""The environment of the tests, set before anything imports jax; what the user has set already stays."""
+
+import os
+
+
+def _threads_per_worker() -> int:
+  """Each xdist worker's share of the cores, but at least two: with one thread a host callback can wait for itself."""
+  workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+  return max(2, (os.cpu_count() or 2) // workers)
+
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA's CPU client reads the size of its thread pool from here.
+os.environ.setdefault("NPROC", str(_threads_per_worker()))
+# libtpu is here for its compiler (tests/tpu_topology.py), and several processes load it at once.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+if "tpu" not in os.environ["JAX_PLATFORMS"]:  # a real one describes itself; otherwise do not ask the cloud which it is
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+=======
 """Set before JAX starts: the CPU, and a compiler that optimises little, because compiling takes most of the time here."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+>>>>>>> tests-core

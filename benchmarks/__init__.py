@@ -1,0 +1,1 @@
+"""Measurements: speed and memory of the library against others, by hand and not in CI."""

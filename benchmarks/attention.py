@@ -1,0 +1,202 @@
+"""Time and memory of `jflash.attention` beside `jax.nn.dot_product_attention`, forward and with the backward pass.
+
+    python -m benchmarks.attention --lengths 256,512,1024 --dtype float32,bfloat16 --window 256
+
+Writes a table and a plot, `benchmarks/results/attention-DEVICE.md` and `.png`, or where `--out` says. Runs on whatever
+device JAX finds.
+"""
+
+import argparse
+import dataclasses
+import functools
+import gc
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jflash
+
+from . import machine, report
+from .timing import Times, interleave
+
+PASSES = ("forward", "forward + backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """One case: self-attention of T = `length` tokens, layout [B, T, N, H] with K = `kv_heads` heads of keys."""
+
+  batch: int
+  length: int
+  heads: int
+  kv_heads: int
+  width: int
+  causal: bool
+  window: int | None
+
+  @property
+  def local_window(self) -> tuple[int, int] | None:
+    return None if self.window is None else (self.window, 0 if self.causal else self.window)
+
+  def flops(self, backward: bool) -> float:
+    """4·B·N·H per kept pair of query and key, of which there are T², or half as many if causal, or those in the window.
+
+    The backward pass counts 2.5 times the forward: five matrix products for two. Recomputation does not count.
+    """
+    t = self.length
+    if self.local_window is None:
+      pairs = t * t / (2 if self.causal else 1)
+    else:
+      left, right = self.local_window
+      pairs = sum(min(i + right, t - 1) - max(i - left, 0) + 1 for i in range(t))
+    return 4 * self.batch * self.heads * self.width * pairs * (3.5 if backward else 1)
+
+  def inputs(self, dtype: str, backward: bool) -> tuple[jax.Array, ...]:
+    """q, k, v and, for the backward pass, the cotangent of the output."""
+    q = (self.batch, self.length, self.heads, self.width)  # [B, T, N, H]
+    kv = (self.batch, self.length, self.kv_heads, self.width)  # [B, T, K, H]
+    shapes = (q, kv, kv, q) if backward else (q, kv, kv)
+    draw = np.random.default_rng(0).standard_normal
+    return tuple(jnp.asarray(draw(shape, np.float32), dtype) for shape in shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of the table; without `times`, `note` says why."""
+
+  direction: str
+  dtype: str
+  length: int
+  name: str
+  times: Times | None = None
+  speedup: float | None = None
+  flops: float = 0.0
+  temp_bytes: int | None = None
+  note: str = ""
+
+
+def candidates(implementations: Sequence[str], peers: Sequence[str]) -> dict[str, Callable]:
+  """name -> attention function of (q, k, v, is_causal, local_window_size); the peers come first."""
+  chosen = lambda name: None if name == "None" else name
+  ours = {"jflash" if i == "None" else f"jflash {i}": (jflash.attention, chosen(i)) for i in implementations}
+  theirs = {f"jax.nn {i}": (jax.nn.dot_product_attention, chosen(i)) for i in peers}
+  return {name: functools.partial(f, implementation=i) for name, (f, i) in (theirs | ours).items()}
+
+
+def measure(shape: Shape, dtype: str, backward: bool, functions: dict[str, Callable], args: Any) -> Iterator[Row]:
+  """One row for each function: all of them compiled, those that run measured in turns."""
+  inputs = shape.inputs(dtype, backward)
+  rows, calls = [], {}
+  for name, function in functions.items():
+    row = Row(PASSES[backward], dtype, shape.length, name, flops=shape.flops(backward))
+    try:
+      compiled = jax.jit(_workload(function, shape, backward)).lower(*inputs).compile()
+      row = dataclasses.replace(row, temp_bytes=_temp_bytes(compiled))
+      if (row.temp_bytes or 0) > args.memory_limit * 2**30:
+        raise MemoryError(f"{row.temp_bytes / 2**30:.3g} GiB of temporary memory, the limit is {args.memory_limit:.3g}")
+      jax.block_until_ready(compiled(*inputs))
+      calls[name] = functools.partial(compiled, *inputs)
+    except (RuntimeError, ValueError, MemoryError) as error:  # NotImplementedError, JaxRuntimeError are RuntimeErrors
+      row = dataclasses.replace(row, note=f"{type(error).__name__}: {_first_line(error)}")
+    rows.append(row)
+  times = interleave(calls, repeats=args.repeats, seconds=args.seconds) if calls else {}
+  base = next((time for name, time in times.items() if name.startswith("jax.nn")), None)
+  for row in rows:
+    speedup = times[row.name].speedup(base) if row.name in times and base else None
+    yield dataclasses.replace(row, times=times.get(row.name), speedup=speedup)
+
+
+def _temp_bytes(compiled: Any) -> int | None:
+  analysis = compiled.memory_analysis()
+  return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def _workload(function: Callable, shape: Shape, backward: bool) -> Callable:
+  def forward(q, k, v):
+    return function(q, k, v, is_causal=shape.causal, local_window_size=shape.local_window)
+
+  def both(q, k, v, dout):
+    out, pullback = jax.vjp(forward, q, k, v)
+    return out, pullback(dout)
+
+  return both if backward else forward
+
+
+def _first_line(error: Exception) -> str:
+  return next(iter(str(error).strip().splitlines()), "")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0],
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+  words = lambda text: text.split(",")
+  integers = lambda text: [int(word) for word in text.split(",")]
+  parser.add_argument("--batch", type=int, default=1)
+  parser.add_argument("--heads", type=int, default=8)
+  parser.add_argument("--kv-heads", type=int, help="as many as --heads if not given")
+  parser.add_argument("--width", type=int, default=64, help="of a head")
+  parser.add_argument("--lengths", type=integers, default=[256, 512, 1024, 2048, 4096], help="with commas between")
+  parser.add_argument("--dtype", type=words, default=["float32", "bfloat16"], help="with commas between")
+  parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
+  parser.add_argument("--window", type=int, help="keys to the left, and without --causal to the right, that are seen")
+  parser.add_argument("--implementation", type=words, default=["None"], help="of jflash, with commas between")
+  parser.add_argument("--peers", type=words, default=["xla", "cudnn"] if jax.default_backend() == "gpu" else ["xla"],
+                      help="implementations of jax.nn.dot_product_attention; ratios refer to the first that runs")
+  parser.add_argument("--repeats", type=int, default=30, help="rounds at most")
+  parser.add_argument("--seconds", type=float, default=10.0, help="that one case may take, after compiling")
+  parser.add_argument("--memory-limit", type=float, default=machine.memory() * 0.6 / 2**30, metavar="GIB",
+                      help="what needs more temporary memory is not run")
+  parser.add_argument("--out", type=pathlib.Path, help="where to write, without .md and .png",
+                      default=pathlib.Path("benchmarks/results") / f"attention-{machine.slug()}")
+  return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+  """Measures every case, printing as it goes."""
+  functions = candidates(args.implementation, args.peers)
+  rows = []
+  for dtype in args.dtype:
+    for backward in (False, True):
+      for length in args.lengths:
+        shape = Shape(args.batch, length, args.heads, args.kv_heads or args.heads, args.width, args.causal, args.window)
+        for row in measure(shape, dtype, backward, functions, args):
+          print(report.line(row), flush=True)
+          rows.append(row)
+        jax.clear_caches()
+        gc.collect()
+  return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  argv = list(sys.argv[1:] if argv is None else argv)
+  args = parse(argv)
+  rows = run(args)
+  args.out.parent.mkdir(parents=True, exist_ok=True)
+  title = _title(args)
+  table = args.out.with_name(args.out.name + ".md")
+  table.write_text(report.document(title, machine.header() | {"Command": _command(argv)}, rows))
+  report.plot(args.out.with_name(args.out.name + ".png"), f"{title}\n{machine.device_name()}", rows)
+  print(f"{os.path.relpath(table)} and .png written")
+  return 0 if any(row.times for row in rows if row.name.startswith("jflash")) else 1
+
+
+def _title(args: argparse.Namespace) -> str:
+  mask = "causal" if args.causal else "not causal"
+  if args.window is not None:
+    mask += f", window {args.window}"
+  heads = f"N {args.heads}, K {args.kv_heads or args.heads}, H {args.width}"
+  return f"Attention: B {args.batch}, {heads}, {mask}"
+
+
+def _command(argv: Sequence[str]) -> str:
+  return "`" + " ".join(["python -m benchmarks.attention", *argv]) + "`"
+
+
+if __name__ == "__main__":
+  sys.exit(main())

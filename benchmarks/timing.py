@@ -1,0 +1,71 @@
+"""Fair times on a noisy machine: candidates take turns, so what slows the machine down slows all of them."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+SAMPLE = 5e-3  # seconds; calls shorter than this are timed several at once, or the clock and the dispatch would show
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+  """Seconds per call, one entry a round; entry i of two candidates was measured side by side."""
+
+  rounds: tuple[float, ...]
+
+  @property
+  def median(self) -> float:
+    return statistics.median(self.rounds)
+
+  @property
+  def spread(self) -> float:
+    """Half the distance of the quartiles, as a share of the median."""
+    low, _, high = statistics.quantiles(self.rounds, n=4, method="inclusive")
+    return (high - low) / 2 / self.median
+
+  def speedup(self, base: "Times") -> float:
+    """How many times faster than `base`: the median of the rounds' ratios, which a slow spell leaves alone."""
+    return statistics.median(b / a for a, b in zip(self.rounds, base.rounds))
+
+
+def interleave(calls: Mapping[str, Callable[[], Any]], *, repeats: int, seconds: float) -> dict[str, Times]:
+  """Times the calls in turns, A B A B …, after two calls each to warm up.
+
+  Args:
+    calls: name -> function of no arguments that starts the work and returns arrays.
+    repeats: rounds at most.
+    seconds: what all rounds together may take; slow calls get fewer rounds, but three at least.
+
+  Returns:
+    name -> `Times`, all with the same number of rounds.
+  """
+  estimates = {}
+  for name, call in calls.items():
+    _elapsed(call, 1)
+    estimates[name] = max(_elapsed(call, 1), 1e-7)
+  counts = {name: min(100, math.ceil(SAMPLE / estimate)) for name, estimate in estimates.items()}
+  one_round = sum(counts[name] * estimates[name] for name in calls)
+  rounds = max(3, min(repeats, int(seconds / max(one_round, 1e-7))))
+  taken = {name: [] for name in calls}
+  for _ in range(rounds):
+    for name, call in calls.items():
+      taken[name].append(_elapsed(call, counts[name]) / counts[name])
+  return {name: Times(tuple(values)) for name, values in taken.items()}
+
+
+def _elapsed(call: Callable[[], Any], count: int) -> float:
+  # An accelerator runs what it is given in order: when the last call is done, all are. The CPU may run several at once,
+  # so there each call is awaited, which costs little.
+  in_order = jax.default_backend() != "cpu"
+  start = time.perf_counter()
+  for _ in range(count - 1):
+    result = call()
+    if not in_order:
+      jax.block_until_ready(result)
+  jax.block_until_ready(call())
+  return time.perf_counter() - start

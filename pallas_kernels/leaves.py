@@ -1,0 +1,81 @@
+"""From the shape of a logits' array to its block and to its tile inside a TPU kernel.
+
+Such an array is `[B|1, N|1, T|1, S|1]`, and its shape says along which axes it is cut: a size of one is not. Axes past the
+fourth belong to the whole problem and stay in one piece. Arrays that run along the queries alone lie in memory as rows,
+`[…, 1, T]`: a column would take 128 times the space in the chip's tiled layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+LANES = 128
+
+
+def runs_along(x: Any) -> tuple[bool, bool, bool, bool]:
+  """Whether an array is cut along (batch, heads, queries, keys)."""
+  return tuple(n > 1 for n in x.shape[:4])  # type: ignore[return-value]
+
+
+def store(x: Any) -> Any:
+  """The array as kernels want it in memory: a type that the chip loads, queries along the lanes."""
+  if x.ndim > 4:
+    return x.reshape(*x.shape[:2], *x.shape[4:]).astype(jnp.float32)
+  _, _, queries, keys = runs_along(x)
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.int8 if queries and keys else jnp.int32)
+  elif x.dtype != jnp.bfloat16 or not (queries and keys):
+    x = x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
+  return x.swapaxes(2, 3) if queries and not keys else x
+
+
+def unstore(x: Any, like: Any) -> Any:
+  """A gradient from the layout of `store` in that of the array it belongs to."""
+  _, _, queries, keys = runs_along(like)
+  return x.swapaxes(2, 3) if queries and not keys else x
+
+
+def block(x: Any, tiles: tuple[int, int]) -> tuple[int, int]:
+  """The last two sizes of a stored array's block."""
+  if x.ndim > 4:
+    return x.shape[4:]
+  _, _, queries, keys = runs_along(x)
+  return (1, tiles[0]) if queries and not keys else (tiles[0] if queries else 1, tiles[1] if keys else 1)
+
+
+def block_spec(x: Any, tiles: tuple[int, int], where: Any) -> pl.BlockSpec:
+  """The block of array `x` (before `store`); `where(*grid)` is the (batch, head, query tile, key tile) of a grid step."""
+  batches, heads, queries, keys = runs_along(x)
+
+  def index(*grid):
+    b, h, i, j = where(*grid)
+    i, j = (i if queries else 0), (j if keys else 0)
+    last = (0, 0) if x.ndim > 4 else (0, i) if queries and not keys else (i, j)
+    return (b if batches else 0, h if heads else 0, *last)
+
+  return pl.BlockSpec((None, None, *block(x, tiles)), index)
+
+
+def tile(x: Any, ref: Any) -> Any:
+  """What a kernel computes with: `[rows|1, columns|1, …]`, 32 bits wide."""
+  loaded = ref[...]
+  if x.ndim > 4:
+    return loaded[None, None]
+  _, _, queries, keys = runs_along(x)
+  if loaded.dtype in (jnp.int8, jnp.bfloat16):
+    loaded = loaded.astype(jnp.int32 if loaded.dtype == jnp.int8 else jnp.float32)
+  return column(loaded) if queries and not keys else loaded
+
+
+def column(row: Any) -> Any:
+  """`[1, n]` as `[n, 1]`, through a transpose of whole registers."""
+  return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+
+
+def row(column: Any) -> Any:
+  """`[n, 1]` as `[1, n]`."""
+  return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
+

@@ -1,0 +1,206 @@
+"""The backward pass: dQ row by row, dK and dV column by column, and the gradient of any one array of the logits.
+
+The probabilities are computed again from lse. Each output tile is summed by one core in a fixed order: no atomics, and two runs
+give the same bits. For every array of the logits, `jax.vjp` of the logits themselves takes dS to its gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .. import leaves, schedule, softmax
+from . import launch
+
+
+class Residuals(NamedTuple):
+  """What the passes read: q, dout `[B, N, T, …]`, k, v `[B, K, S, …]`, lse and delta `[B, N, 1, T]`."""
+
+  q: Any
+  k: Any
+  v: Any
+  dout: Any
+  lse: Any
+  delta: Any
+
+  def operands(self, call: launch.Call, where: Any) -> list[launch.Operand]:
+    query = lambda x: launch.Operand(x, launch.query_spec(x.shape[3], call.tiles, where))
+    key = lambda x: launch.Operand(x, launch.key_spec(x.shape[3], call.tiles, call.groups, where))
+    statistic = lambda x: launch.Operand(x, launch.statistic_spec(call.tiles, where))
+    return [query(self.q), key(self.k), key(self.v), query(self.dout), statistic(self.lse), statistic(self.delta)]
+
+
+def backward(call: launch.Call, residuals: Residuals, logits: Any, rows: schedule.Visits,
+             columns: schedule.Visits) -> tuple[Any, Any, Any]:
+  """(dq, dk, dv), laid out as q, k, v, in their dtypes."""
+  dk, dv = _dkv(call, residuals, logits, columns)
+  return _dq(call, residuals, logits, rows), dk, dv
+
+
+def _tile_gradients(call: launch.Call, logits: Any, tiles: Any, refs: Any, place: launch.Place, masked: bool,
+                    wanted: int | None = None) -> tuple[Any, Any, Any]:
+  """(P, d(q·k), gradient of the wanted leaf's tile): everything that all passes compute alike."""
+  q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref = refs
+
+  def scores(qk, leaf):
+    filled = [leaf if n == wanted else x for n, x in enumerate(tiles)]
+    return call.scores(logits, filled, place, qk, masked)
+
+  leaf = jnp.zeros(()) if wanted is None else tiles[wanted]
+  s, pull = jax.vjp(scores, call.dot(q_ref[...], k_ref[...], (1, 1)), leaf)
+  p = softmax.probabilities(s, leaves.column(lse_ref[...]))
+  ds = softmax.dscores(p, call.dot(dout_ref[...], v_ref[...], (1, 1)), leaves.column(delta_ref[...]))
+  if masked:  # statistics and operands of rows past the last query hold anything
+    p, ds = (jnp.where(s == -jnp.inf, 0.0, x) for x in (p, ds))
+  dqk, dleaf = pull(ds)
+  return p, dqk, dleaf
+
+
+def _clean(x: Any, masked: bool) -> Any:
+  return softmax.finite(x) if masked else x
+
+
+def _dq(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.Visits) -> Any:
+  """dQ = d(QKᵀ) K, summed over the key tiles of a query tile."""
+  batch, heads, _, width = residuals.q.shape
+  walk = launch.walk(visits)
+
+  def where(b, h, n, codes):
+    code = walk.code(codes, b, lax.div(h, call.groups), n)
+    return launch.Place(b, h, schedule.outer(code), schedule.inner(code))
+
+  count = len(jax.tree.leaves(logits))
+
+  def kernel(codes, *refs):
+    leaf_refs, inputs, (dq_ref, acc_ref) = refs[:count], refs[count:-2], refs[-2:]
+    b, h, n = (pl.program_id(axis) for axis in range(3))
+    kv_head = lax.div(h, call.groups)
+    first, last = walk.ends(codes, b, kv_head, n)
+    pl.when(first)(functools.partial(_zero, acc_ref))
+
+    def step(masked):
+      tiles, k = launch.leaf_tiles(logits, leaf_refs), inputs[1][...]
+      _, dqk, _ = _tile_gradients(call, logits, tiles, inputs, where(b, h, n, codes), masked)
+      acc_ref[...] += call.dot(dqk.astype(k.dtype), _clean(k, masked), (1, 0))
+
+    launch.by_kind(walk.code(codes, b, kv_head, n), step)
+    pl.when(last)(functools.partial(_store, dq_ref, acc_ref))
+
+  operands = launch.leaf_operands(logits, call.tiles, where) + residuals.operands(call, where)
+  result = launch.Operand(residuals.q, launch.query_spec(width, call.tiles, where))
+  return call.launch(kernel, "jflash_dq", (batch, heads, walk.length), visits.codes.reshape(-1), operands, [result],
+                     [pltpu.VMEM((call.tiles[0], width), jnp.float32)], parallel=2)[0]
+
+
+def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.Visits) -> list[Any]:
+  """dK = d(QKᵀ)ᵀ Q and dV = Pᵀ dO, summed over the query tiles of a key tile and the query heads of its kv head."""
+  batch, kv_heads, _, width = residuals.k.shape
+  value_width, groups = residuals.v.shape[3], call.groups
+  walk = launch.walk(visits)
+
+  def where(b, kv_head, n, g, codes):
+    code = walk.code(codes, b, kv_head, n)
+    return launch.Place(b, kv_head * groups + g, schedule.inner(code), schedule.outer(code))
+
+  count = len(jax.tree.leaves(logits))
+
+  def kernel(codes, *refs):
+    leaf_refs, inputs, (dk_ref, dv_ref, dk_acc, dv_acc) = refs[:count], refs[count:-4], refs[-4:]
+    b, kv_head, n, g = (pl.program_id(axis) for axis in range(4))
+    first, last = walk.ends(codes, b, kv_head, n)
+
+    @pl.when(first & (g == 0))
+    def _():
+      _zero(dk_acc)
+      _zero(dv_acc)
+
+    def step(masked):
+      tiles, q, dout = launch.leaf_tiles(logits, leaf_refs), inputs[0][...], inputs[3][...]
+      p, dqk, _ = _tile_gradients(call, logits, tiles, inputs, where(b, kv_head, n, g, codes), masked)
+      dk_acc[...] += call.dot(dqk.astype(q.dtype), _clean(q, masked), (0, 0))
+      if masked and call.queries % call.tiles[0]:  # rows past the last query hold anything
+        row = where(b, kv_head, n, g, codes).i * call.tiles[0] + lax.broadcasted_iota(jnp.int32, (call.tiles[0], 1), 0)
+        dout = jnp.where(row < call.queries, dout, jnp.zeros_like(dout))
+      dv_acc[...] += call.dot(p.astype(dout.dtype), dout, (0, 0))
+
+    launch.by_kind(walk.code(codes, b, kv_head, n), step)
+
+    @pl.when(last & (g == groups - 1))
+    def _():
+      _store(dk_ref, dk_acc)
+      _store(dv_ref, dv_acc)
+
+  operands = launch.leaf_operands(logits, call.tiles, where) + residuals.operands(call, where)
+  results = [launch.Operand(x, launch.key_spec(x.shape[3], call.tiles, groups, where)) for x in (residuals.k, residuals.v)]
+  scratch = [pltpu.VMEM((call.tiles[1], n), jnp.float32) for n in (width, value_width)]
+  return call.launch(kernel, "jflash_dkv", (batch, kv_heads, walk.length, groups), visits.codes.reshape(-1), operands, results,
+                     scratch, parallel=2)
+
+
+def leaf_gradient(call: launch.Call, residuals: Residuals, logits: Any, wanted: int, kinds: Any) -> Any:
+  """The gradient of leaf number `wanted` of the logits, in its own shape.
+
+  The grid's inner axes are those along which the array broadcasts, so that a tile of the gradient is summed before it is left.
+
+  Args:
+    kinds: EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, T tiles, S tiles]`.
+  """
+  leaf = jax.tree.leaves(logits)[wanted]
+  batch, heads = residuals.q.shape[:2]
+  lists, (i_count, j_count) = kinds.shape[:2], kinds.shape[2:]
+  sizes, runs = (batch, heads, i_count, j_count), leaves.runs_along(leaf)
+  order = [axis for axis in range(4) if runs[axis]] + [axis for axis in range(4) if not runs[axis]]
+  inner = [n for n, axis in enumerate(order) if not runs[axis]]
+
+  def kind(place, codes):
+    kv_head = lax.div(place.head, call.groups)
+    number = (place.batch * lists[1] if lists[0] > 1 else 0) + (kv_head if lists[1] > 1 else 0)
+    return codes[(number * i_count + place.i) * j_count + place.j]
+
+  def here(*grid):
+    return launch.Place(*(grid[order.index(axis)] for axis in range(4)))
+
+  def where(*grid_and_codes):
+    """What is loaded: for an empty tile always the same, so that a run of them loads nothing."""
+    place = here(*grid_and_codes[:4])
+    used = kind(place, grid_and_codes[4]) != schedule.EMPTY
+    return launch.Place(place.batch, place.head, jnp.where(used, place.i, 0), jnp.where(used, place.j, 0))
+
+  count = len(jax.tree.leaves(logits))
+
+  def kernel(codes, *refs):
+    leaf_refs, inputs, (dleaf_ref, acc_ref) = refs[:count], refs[count:-2], refs[-2:]
+    grid = [pl.program_id(axis) for axis in range(4)]
+    place = here(*grid)
+    at_start, at_end = (functools.reduce(jnp.logical_and, [grid[n] == end(sizes[order[n]]) for n in inner], jnp.array(True))
+                        for end in (lambda size: 0, lambda size: size - 1))
+    pl.when(at_start)(functools.partial(_zero, acc_ref))
+
+    def step(masked):
+      *_, dleaf = _tile_gradients(call, logits, launch.leaf_tiles(logits, leaf_refs), inputs, place, masked, wanted)
+      acc_ref[...] += leaves.row(dleaf) if runs[2] and not runs[3] else dleaf
+
+    launch.by_kind(kind(place, codes), step)
+    pl.when(at_end)(functools.partial(_store, dleaf_ref, acc_ref))
+
+  stored = leaves.store(leaf)
+  operands = launch.leaf_operands(logits, call.tiles, where) + residuals.operands(call, where)
+  result = launch.Operand(stored, leaves.block_spec(leaf, call.tiles, lambda *g: here(*g[:4])))
+  scratch = [pltpu.VMEM(leaves.block(leaf, call.tiles), jnp.float32)]
+  dleaf = call.launch(kernel, "jflash_dleaf", tuple(sizes[axis] for axis in order), kinds.reshape(-1), operands, [result],
+                      scratch, parallel=0)[0]
+  return leaves.unstore(dleaf, leaf)
+
+
+def _zero(ref: Any) -> None:
+  ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+
+def _store(ref: Any, acc_ref: Any) -> None:
+  ref[...] = acc_ref[...].astype(ref.dtype)

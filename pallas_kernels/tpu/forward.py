@@ -1,0 +1,79 @@
+"""The forward pass: one visit a grid step; a query tile's running softmax stays in VMEM until its last visit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .. import leaves, schedule, softmax
+from . import launch
+
+
+def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: schedule.Visits) -> tuple[Any, Any]:
+  """`(out [B, N, T, E], lse [B, N, 1, T])` of q `[B, N, T, H]`, k `[B, K, S, H]`, v `[B, K, S, E]`.
+
+  Args:
+    call: sizes, tiles, launch options.
+    logits: a pytree of arrays `[B|1, N|1, T|1, S|1, …]` with methods `coordinates` and `scores`.
+    visits: row by row.
+  """
+  batch, heads, queries, width = q.shape
+  value_width, rows = v.shape[3], call.tiles[0]
+  walk = launch.walk(visits)
+
+  def where(b, h, n, codes):
+    code = walk.code(codes, b, lax.div(h, call.groups), n)
+    return launch.Place(b, h, schedule.outer(code), schedule.inner(code))
+
+  count = len(jax.tree.leaves(logits))
+
+  def kernel(codes, *refs):
+    leaf_refs, (q_ref, k_ref, v_ref, out_ref, lse_ref, m_ref, total_ref, acc_ref) = refs[:count], refs[count:]
+    b, h, n = (pl.program_id(axis) for axis in range(3))
+    kv_head = lax.div(h, call.groups)
+    first, last = walk.ends(codes, b, kv_head, n)
+    state_refs = m_ref, total_ref, acc_ref
+
+    @pl.when(first)
+    def _():
+      _write(state_refs, softmax.start((rows,), value_width, jnp.float32))
+
+    def step(masked):
+      qk = call.dot(q_ref[...], k_ref[...], (1, 1))  # [rows, columns]
+      s = call.scores(logits, launch.leaf_tiles(logits, leaf_refs), where(b, h, n, codes), qk, masked)
+      dot = lambda p, v: call.dot(p.astype(v.dtype), v, (1, 0))
+      weigh = lambda p: softmax.weigh_masked(p, s, v_ref[...], dot) if masked else dot(p, v_ref[...])
+      state = softmax.State(m_ref[:, :1], total_ref[:, :1], acc_ref[...])
+      _write(state_refs, softmax.accumulate(state, s, weigh))
+
+    launch.by_kind(walk.code(codes, b, kv_head, n), step)
+
+    @pl.when(last)
+    def _():
+      out, lse = softmax.finish(softmax.State(m_ref[:, :1], total_ref[:, :1], acc_ref[...]))
+      out_ref[...] = out.astype(out_ref.dtype)
+      lse_ref[...] = leaves.row(lse)
+
+  operands = launch.leaf_operands(logits, call.tiles, where) + [
+      launch.Operand(q, launch.query_spec(width, call.tiles, where)),
+      launch.Operand(k, launch.key_spec(width, call.tiles, call.groups, where)),
+      launch.Operand(v, launch.key_spec(value_width, call.tiles, call.groups, where))]
+  results = [
+      launch.Operand(jax.ShapeDtypeStruct((batch, heads, queries, value_width), q.dtype),
+                     launch.query_spec(value_width, call.tiles, where)),
+      launch.Operand(jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32), launch.statistic_spec(call.tiles, where))]
+  scratch = [pltpu.VMEM((rows, n), jnp.float32) for n in (leaves.LANES, leaves.LANES, value_width)]
+  out, lse = call.launch(kernel, "jflash_forward", (batch, heads, walk.length), visits.codes.reshape(-1), operands, results,
+                         scratch, parallel=2)
+  return out, lse
+
+
+def _write(refs: Any, state: softmax.State) -> None:
+  """Row statistics fill all lanes of their scratch; any one of them is the value."""
+  for ref, x in zip(refs, state):
+    ref[...] = jnp.broadcast_to(x, ref.shape)

@@ -1,0 +1,144 @@
+"""What the TPU kernels share: the operands' blocks, the walk along a list of visits, and the scores of a tile."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .. import leaves, schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One problem on one chip: sizes, tiles and how to launch.
+
+  Heads lead here: q `[B, N, T, H]`, k `[B, K, S, H]`, v `[B, K, S, E]`, row statistics `[B, N, 1, T]`.
+  """
+
+  queries: int  # T before any filling up to a whole tile
+  keys: int
+  groups: int  # query heads per kv head
+  tiles: tuple[int, int]
+  interpret: Any
+
+  def dot(self, a: Any, b: Any, contract: tuple[int, int]) -> Any:
+    """A product with float32 sums; float32 operands are multiplied in full precision."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
+                           preferred_element_type=jnp.float32)
+
+  def scores(self, logits: Any, tiles: Any, at: Place, qk: Any, masked: bool) -> Any:
+    """The scores of a tile; what lies past the last query or key is masked."""
+    rows, columns = self.tiles
+    row = at.i * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    column = at.j * columns + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+    inside = None
+    if masked and self.queries % rows:
+      inside = row < self.queries
+    if masked and self.keys % columns:
+      inside = (column < self.keys) if inside is None else inside & (column < self.keys)
+    tile = jax.tree.unflatten(jax.tree.structure(logits), tiles)
+    return tile.scores(qk, tile.coordinates(at.batch, at.head, row, column), masked, inside)
+
+  def launch(self, kernel: Callable, name: str, grid: tuple[int, ...], codes: Any, ins: list[Operand], outs: list[Operand],
+             scratch: list[Any], parallel: int) -> list[Any]:
+    """Runs `kernel(codes, *ins, *outs, *scratch)`; the first `parallel` axes of the grid may run in any order."""
+    semantics: Any = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
+    return pl.pallas_call(
+        kernel, name=name, interpret=self.interpret,
+        out_shape=[jax.ShapeDtypeStruct(o.array.shape, o.array.dtype) for o in outs],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=grid, in_specs=[x.spec for x in ins], out_specs=[x.spec for x in outs],
+            scratch_shapes=scratch),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT),
+    )(codes, *[x.array for x in ins])
+
+
+VMEM_LIMIT = 48 * 2**20  # of 64 MiB on TPU7x and 128 MiB on the other chips
+
+
+class Operand(NamedTuple):
+  """An array (or its shape and dtype) and how it is cut into blocks."""
+
+  array: Any
+  spec: pl.BlockSpec
+
+
+class Place(NamedTuple):
+  """Where a grid step computes."""
+
+  batch: Any
+  head: Any
+  i: Any  # query tile
+  j: Any  # key tile
+
+
+class Walk(NamedTuple):
+  """A grid's steps along lists of visits, `codes [B|1, K|1, length]`; flat, as scalar memory pads every row of an array."""
+
+  lists: tuple[int, int]
+  length: int
+
+  def code(self, codes: Any, batch: Any, kv_head: Any, n: Any) -> Any:
+    number = (batch * self.lists[1] if self.lists[0] > 1 else 0) + (kv_head if self.lists[1] > 1 else 0)
+    return codes[number * self.length + n]
+
+  def ends(self, codes: Any, batch: Any, kv_head: Any, n: Any) -> tuple[Any, Any]:
+    """Whether visit n is the first, and whether it is the last, of its outer tile."""
+    outer_at = lambda m: schedule.outer(self.code(codes, batch, kv_head, m))
+    here = outer_at(n)
+    first = (n == 0) | (outer_at(jnp.maximum(n - 1, 0)) != here)
+    last = (n == self.length - 1) | (outer_at(jnp.minimum(n + 1, self.length - 1)) != here)
+    return first, last
+
+
+def walk(visits: schedule.Visits) -> Walk:
+  return Walk(visits.codes.shape[:2], visits.codes.shape[2])
+
+
+def leaf_operands(logits: Any, tiles: tuple[int, int], where: Callable) -> list[Operand]:
+  return [Operand(leaves.store(x), leaves.block_spec(x, tiles, where)) for x in jax.tree.leaves(logits)]
+
+
+def leaf_tiles(logits: Any, refs: Any) -> list[Any]:
+  return [leaves.tile(x, ref) for x, ref in zip(jax.tree.leaves(logits), refs)]
+
+
+def by_kind(code: Any, step: Callable[[bool], None]) -> None:
+  """`step(masked)` for a partial and for a full tile, nothing for an empty one."""
+  pl.when(schedule.kind(code) == schedule.PARTIAL)(functools.partial(step, True))
+  pl.when(schedule.kind(code) == schedule.FULL)(functools.partial(step, False))
+
+
+def query_spec(width: int, tiles: tuple[int, int], where: Callable) -> pl.BlockSpec:
+  """A block of `[B, N, T, width]`."""
+  def index(*grid):
+    b, h, i, _ = where(*grid)
+    return b, h, i, 0
+  return pl.BlockSpec((None, None, tiles[0], width), index)
+
+
+def key_spec(width: int, tiles: tuple[int, int], groups: int, where: Callable) -> pl.BlockSpec:
+  """A block of `[B, K, S, width]`."""
+  def index(*grid):
+    b, h, _, j = where(*grid)
+    return b, lax.div(h, groups) if groups > 1 else h, j, 0
+  return pl.BlockSpec((None, None, tiles[1], width), index)
+
+
+def statistic_spec(tiles: tuple[int, int], where: Callable) -> pl.BlockSpec:
+  """A block of row statistics `[B, N, 1, T]`."""
+  def index(*grid):
+    b, h, i, _ = where(*grid)
+    return b, h, 0, i
+  return pl.BlockSpec((None, None, 1, tiles[0]), index)
+
+

@@ -1,0 +1,141 @@
+"""Every TPU kernel, forward and backward, with each feature, through the compiler of every chip; no chip at hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jflash
+from jflash import _plan, masks
+from tests.tpu_topology import CHIPS, compile_for
+
+B, T, N, K, H = 2, 640, 4, 2, 128
+QKV = ((B, T, N, H), (B, T, K, H), (B, T, K, H))
+BLOCKS = np.random.default_rng(0).random((5, 5)) < 0.5
+
+
+def attend(q, k, v, **options):
+  return jflash.attention(q, k, v, implementation="tpu", return_residual=True, **options)
+
+
+def even_diagonals(batch, head, q, k):
+  return ((q - k) % 2 == head % 2) & (batch >= 0)
+
+
+# name: (more arrays as (argument, shape, dtype), options, how many kernels forward and backward make)
+I32, F32, BF16, BOOL = "int32", "float32", "bfloat16", "bool"
+FEATURES = {
+    "full": ((), {}, 3),
+    "causal": ((), {"is_causal": True}, 3),
+    "window": ((), {"local_window_size": (100, 0)}, 3),
+    "traced_window": ((("window", (), I32),), {}, 3),
+    "soft_cap": ((), {"is_causal": True, "logits_soft_cap": 30.0}, 3),
+    "learned_scale_and_cap": ((("scale", (), F32), ("logits_soft_cap", (), F32)), {"is_causal": True}, 5),
+    "bias": ((("bias", (1, N, T, T), F32),), {"is_causal": True}, 4),
+    "bias_bfloat16": ((("bias", (B, 1, T, T), BF16),), {}, 4),
+    "bias_by_key": ((("bias", (B, 1, 1, T), F32),), {"is_causal": True}, 4),
+    "bias_by_query": ((("bias", (1, N, T, 1), BF16),), {}, 4),
+    "bias_by_head": ((("bias", (1, N, 1, 1), F32),), {}, 4),
+    "alibi": ((("alibi_slopes", (B, N), F32),), {"is_causal": True}, 4),
+    "segments": ((("query_segment_ids", (B, T), I32), ("key_value_segment_ids", (B, T), I32)), {"is_causal": True}, 3),
+    "positions": ((("query_positions", (B, T), I32), ("key_value_positions", (T,), I32)), {"is_causal": True}, 3),
+    "lengths": ((("query_seq_lengths", (B,), I32), ("key_value_seq_lengths", (B,), I32)), {}, 3),
+    "mask_array": ((("mask", (B, 1, T, T), BOOL),), {}, 3),
+    "mask_array_by_head": ((("mask", (1, N, T, T), BOOL),), {}, 3),
+    "mask_array_by_key": ((("mask", (B, 1, 1, T), BOOL),), {}, 3),
+    "mask_array_by_query": ((("mask", (B, 1, T, 1), BOOL),), {}, 3),
+    "prefix": ((("prefix", (B,), I32),), {}, 3),
+    "block_sparse": ((), {"mask": masks.BlockSparse(BLOCKS, (128, 128))}, 3),
+    "traced_block_sparse": ((("table", (1, N, 10, 7), BOOL),), {}, 3),
+    "custom": ((), {"mask": masks.Custom(even_diagonals) & masks.Causal()}, 3),
+    "composed": ((), {"mask": ~masks.Causal() | masks.Window(3, 0)}, 3),
+}
+BUILDERS = {
+    "window": lambda w: masks.Window(w, 0),
+    "prefix": lambda n: masks.PrefixLM(n),
+    "table": lambda table: masks.BlockSparse(table, (64, 96)),
+}
+
+
+def compile_gradient(chip, qkv, dtype, arrays, options):
+  """The executable of forward and backward, and how many kernels it calls."""
+  names = [name for name, _, _ in arrays]
+
+  def loss(floats, others):
+    given = dict(zip(names, (floats["arrays"].get(n, others.get(n)) for n in names)))
+    for n in set(given) & set(BUILDERS):
+      given["mask"] = BUILDERS[n](given.pop(n))
+    out, lse = attend(*floats["qkv"], **given, **options)
+    return out.astype(jnp.float32).sum() + lse.sum()
+
+  struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
+  floats = {"qkv": [struct(shape, dtype) for shape in qkv],
+            "arrays": {n: struct(shape, d) for n, shape, d in arrays if d in (F32, BF16)}}
+  others = {n: struct(shape, d) for n, shape, d in arrays if d not in (F32, BF16)}
+  compiled = compile_for(chip, jax.value_and_grad(loss), floats, others)
+  return compiled, compiled.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_feature_compiles(chip, feature):
+  arrays, options, kernels = FEATURES[feature]
+  with _plan.force_tiles(256, 256):
+    _, count = compile_gradient(chip, QKV, BF16, arrays, options)
+  assert count == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_everything_at_once_compiles_at_full_tiles(chip, dtype):
+  """The tiles that users get, with all that wants on-chip memory."""
+  qkv = ((1, 1200, 4, 256), (1, 1500, 2, 256), (1, 1500, 2, 256))
+  arrays = (("bias", (1, 4, 1200, 1500), F32), ("alibi_slopes", (4,), F32), ("query_segment_ids", (1, 1200), I32),
+            ("key_value_segment_ids", (1, 1500), I32), ("key_value_seq_lengths", (1,), I32), ("query_positions", (1200,), I32))
+  _, count = compile_gradient(chip, qkv, dtype, arrays, {"is_causal": True, "logits_soft_cap": 20.0})
+  assert count == 5
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("width", [1, 7, 64, 80, 96, 192, 512])
+def test_head_widths_compile(chip, width):
+  qkv = ((1, 300, 2, width), (1, 200, 1, width), (1, 200, 1, width + 3))
+  _, count = compile_gradient(chip, qkv, BF16, (), {"is_causal": True})
+  assert count == 3
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_sizes_of_one_compile(chip):
+  _, count = compile_gradient(chip, ((1, 1, 1, 1),) * 3, F32, (), {})
+  assert count == 3
+
+
+def test_memory_is_linear_on_a_tpu():
+  """Nothing of size T · S outside the kernels: temporary memory doubles with T. (Much smaller sizes stay on chip.)"""
+  temporary = lambda t: compile_gradient("v5e", ((1, t, 4, 64),) * 3, BF16, (), {})[0].memory_analysis().temp_size_in_bytes
+  small, large = temporary(32768), temporary(65536)
+  assert large <= 2.1 * small
+  assert large <= 65536 * 4 * 64 * 2 * 8  # a few arrays of the size of q
+
+
+def test_float64_is_refused():
+  with pytest.raises(NotImplementedError, match="no float64; use implementation='xla'"), jax.enable_x64(True), jflash.interpret():
+    q = jnp.ones((1, 4, 1, 4), jnp.float64)
+    jflash.attention(q, q, q, implementation="tpu")
+
+
+def test_custom_masks_that_bring_arrays_are_refused():
+  table = jnp.arange(8) % 2 == 0
+  q = jnp.ones((1, 8, 1, 4))
+  mask = masks.Causal() & masks.Custom(lambda b, h, q, k: table[k])
+  with jflash.interpret(), pytest.raises(NotImplementedError, match="closes over an array"):
+    jflash.attention(q, q, q, mask=mask, implementation="tpu")
+
+
+def test_without_a_tpu_the_reason_is_given():
+  q = jnp.ones((1, 8, 1, 4))
+  with pytest.raises(NotImplementedError, match=r"needs a TPU and this is a cpu; `with jflash.interpret\(\):`"):
+    jflash.attention(q, q, q, implementation="tpu")
+
+
