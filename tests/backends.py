@@ -10,7 +10,7 @@ import contextlib
 import jflash
 from jflash import _plan
 
-TILES = {"xla": (48, 80)}  # query rows, key columns; kernels want multiples of 128
+TILES = {"xla": (48, 80), "tpu": (128, 128)}  # query rows, key columns; kernels want multiples of 128
 BACKENDS = list(TILES)
 
 

@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 """The environment of the tests, set before anything imports jax; what the user has set already stays."""
 
 import os
@@ -19,11 +18,3 @@ if "tpu" not in os.environ["JAX_PLATFORMS"]:  # a real one describes itself; oth
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-=======
-"""Set before JAX starts: the CPU, and a compiler that optimises little, because compiling takes most of the time here."""
-
-import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
->>>>>>> tests-core

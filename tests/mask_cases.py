@@ -6,7 +6,7 @@ import numpy as np
 
 from jflash import masks
 
-from cases import XLA, case, columns, per_batch, rows
+from tests.cases import XLA, case, columns, per_batch, rows
 
 
 def _blocks(table, z, height, width):

@@ -17,7 +17,7 @@ import numpy as np
 
 from jflash import _reference
 
-from cases import SCORE_TERMS, Built
+from tests.cases import SCORE_TERMS, Built
 
 
 class Answer(NamedTuple):

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-import mask_cases  # noqa: F401  (adds to the table)
-import oracle
-from backends import BACKENDS, attention
-from cases import CASES
+from tests import mask_cases, oracle  # noqa: F401  (adds to the table)
+from tests.backends import BACKENDS, attention
+from tests.cases import CASES
 
 WALK = [pytest.param(case, backend, id=f"{backend}-{case.name}")
         for backend in BACKENDS for case in CASES if case.only is None or backend in case.only]

@@ -9,7 +9,7 @@ import pytest
 
 from jflash import masks
 
-from backends import BACKENDS, attention
+from tests.backends import BACKENDS, attention
 
 B, T, S, N, K, H, E = 2, 139, 261, 6, 3, 20, 12
 BAD = [np.nan, np.inf, -np.inf]
