@@ -134,7 +134,9 @@ class Walk:
     iota = lambda size, axis: lax.broadcasted_iota(jnp.int32, tuple(size if a == axis else 1 for a in range(5)), axis)
     head = (chunk.kv_head + iota(heads, 1)) * self.groups + iota(self.groups, 2)
     row, column = i * rows + iota(rows, 3), j * columns + iota(columns, 4)
-    inside = column < self.sizes[1] if self.sizes[1] % columns else None
+    # Rows past the end count as well: their q is 0, and 0 times a key that is not finite would reach dK and dV.
+    edges = [n < size for n, size, tile in ((row, self.sizes[0], rows), (column, self.sizes[1], columns)) if size % tile]
+    inside = functools.reduce(jnp.logical_and, edges) if edges else None
     return logits.scores(qk, logits.coordinates(chunk.batch + iota(batch, 0), head, row, column), masked, inside)
 
 

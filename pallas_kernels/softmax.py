@@ -95,5 +95,6 @@ def weigh_masked(p: Any, s: Any, v: Any, dot: Callable[[Any, Any], Any]) -> Any:
       out = out + jnp.where(touched(which), what, 0.0).astype(out.dtype)
     return out
 
-  largest = jnp.max(jnp.abs(v.astype(jnp.float32)))  # inf or NaN as soon as one value is
-  return jax.lax.cond(largest < INF, lambda out: out, add_what_is_not_finite, out)
+  # Counted, because a maximum may lose a NaN: XLA's CPU compiler (JAX 0.10 to 0.12) does so when it reduces several axes.
+  broken = jnp.sum(jnp.where(jnp.abs(v.astype(jnp.float32)) < INF, 0.0, 1.0))
+  return jax.lax.cond(broken == 0, lambda out: out, add_what_is_not_finite, out)

@@ -1,9 +1,10 @@
 """Accuracy by ratio: an answer may be off by what dense attention in the same dtype is off, times 2, or 3 for gradients.
 
 The truth is `jflash._reference` in float64. To that allowance come two rounding errors that no algorithm escapes: of a number in
-the result's dtype, 2 · max|(ref + 0.3 - 0.3) - ref|, and of a sum of many terms, eps · Σ|terms|, because the dense gradient of
-a single number, such as the scale, may happen to be exact. float64 has no better dtype to be judged by: its allowance is
-that of float32, scaled by the ratio of their eps.
+the result's dtype, 2 · max|(ref + 0.3 - 0.3) - ref|, and of a sum, eps · Σ|terms|, because the dense one may happen to be
+exact: the gradient of a single number, or dS = P ∘ (dP - D + dlse) of a row that sees one key, which is 0 but for dlse. Where P is
+exp(s - lse), eps grows by half of |lse|, the rounding of lse itself. float64 has no better dtype to be judged by: its
+allowance is that of float32, scaled by the ratio of their eps.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def exact(built: Built, cotangents: Any) -> tuple[Answer, dict[str, Any]]:
   bias, keep = _finite_bias(built)
   arrays = arrays_of(built) | ({"bias": bias} if bias is not None else {})
   lay_out = {"alibi_slopes": lambda x: x.reshape(-1, x.shape[-1], 1, 1), "bias": lambda x: x.reshape((1,) * (4 - x.ndim) + x.shape)}
+  arrays.setdefault("bias", np.zeros((1, 1, 1, 1), np.float32))
   flat = {name: lay_out.get(name, lambda x: x.reshape(1, 1, 1, 1))(x) for name, x in arrays.items() if name in SCORE_TERMS}
   b, t, n, _ = built.q.shape
   i, j = (_positions(built).get(name, np.arange(size)[None])
@@ -102,12 +104,28 @@ def exact(built: Built, cotangents: Any) -> tuple[Answer, dict[str, Any]]:
     wide = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
     wide |= {name: np.array(np.broadcast_to(np.asarray(x, np.float64), keep.shape)) for name, x in flat.items()}
     result = answer(function, wide, cotangents)
-  grads, sums = dict(result.grads), {}
+    only_lse = np.zeros_like(result.out), np.ones_like(result.lse)
+    p = answer(function, wide, only_lse).grads["bias"]  # [B, N, T, S], with the derivative of the soft cap
+  grads, sums = dict(result.grads), _row_sums(built, p, result, cotangents)
   for name, x in flat.items():
     axes = tuple(axis for axis in range(4) if x.shape[axis] == 1)
     grads[name] = result.grads[name].sum(axes, keepdims=True).reshape(arrays[name].shape)
     sums[name] = abs(result.grads[name]).sum(axes).max()
   return result._replace(grads=grads), sums
+
+
+def _row_sums(built: Built, p: Any, truth: Answer, cotangents: Any) -> dict[str, float]:
+  """Σ|terms| of dQ = scale · dS K and dK = scale · dSᵀ Q, with dS = P ∘ (dP - D + dlse)."""
+  q, k, v, dout, dlse = (abs(np.asarray(x, np.float64)) for x in (*built[:3], *cotangents))
+  groups = q.shape[2] // k.shape[2]
+  k, v = (np.repeat(x, groups, axis=2) for x in (k, v))
+  delta = (dout * abs(truth.out)).sum(-1) + dlse  # [B, T, N]
+  row = lambda x: x.transpose(0, 2, 1)[..., None]
+  lse = np.where(np.isfinite(truth.lse), abs(truth.lse), 0)
+  ds = p * (np.einsum("btne,bsne->bnts", dout, v) + row(delta)) * (1 + row(lse) / 2)
+  scale = np.max(abs(np.asarray(built.kwargs.get("scale", q.shape[-1] ** -0.5))))
+  return {"query": (scale * np.einsum("bnts,bsnh->btnh", ds, k)).max(),
+          "key": (scale * np.einsum("bnts,btnh->bsnh", ds, q)).reshape(*k.shape[:2], -1, groups, q.shape[-1]).sum(3).max()}
 
 
 def check(ours: Answer, built: Built, cotangents: Any) -> None:

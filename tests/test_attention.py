@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import mask_cases  # noqa: F401  (adds to the table)
-from tests import oracle
+from tests import mask_cases, oracle  # noqa: F401  (adds to the table)
 from tests.backends import BACKENDS, attention
 from tests.cases import CASES
 
