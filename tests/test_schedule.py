@@ -41,7 +41,7 @@ def walked(visits, rows: int) -> np.ndarray:
 @given(tables())
 def test_visits_are_the_table(table):
   some, every = table
-  kinds = walked(schedule.visits(some, every), some.shape[2])
+  kinds = walked(schedule.visits(schedule.kinds(some, every)), some.shape[2])
   for at in np.ndindex(*some.shape):
     if some[at]:
       assert kinds[at] == (schedule.FULL if every[at] else schedule.PARTIAL)
@@ -52,7 +52,7 @@ def test_visits_are_the_table(table):
 @QUICK
 @given(tables())
 def test_every_row_has_a_visit_and_empty_ones_are_alone(table):
-  visits = schedule.visits(*table)
+  visits = schedule.visits(schedule.kinds(*table))
   counts = np.diff(visits.starts, axis=-1)
   np.testing.assert_array_equal(counts, np.maximum(table[0].sum(-1), 1))
   assert (visits.starts[..., 0] == 0).all()
@@ -63,8 +63,8 @@ def test_every_row_has_a_visit_and_empty_ones_are_alone(table):
 def test_the_transpose_visits_the_same_tiles(table):
   some, every = table
   kept = lambda kinds: {at: kind for at, kind in kinds.items() if kind != schedule.EMPTY}
-  forward = kept(walked(schedule.visits(some, every), some.shape[2]))
-  back = kept(walked(schedule.visits(some.swapaxes(-1, -2), every.swapaxes(-1, -2)), some.shape[3]))
+  forward = kept(walked(schedule.visits(schedule.kinds(some, every)), some.shape[2]))
+  back = kept(walked(schedule.visits(schedule.kinds(some.swapaxes(-1, -2), every.swapaxes(-1, -2))), some.shape[3]))
   assert forward == {(b, h, r, c): kind for (b, h, c, r), kind in back.items()}
 
 
@@ -74,7 +74,7 @@ _traced = jax.jit(schedule.visits)
 @QUICK
 @given(tables())
 def test_static_and_traced_agree(table):
-  static, traced = schedule.visits(*table), _traced(*table)
+  static, traced = schedule.visits(schedule.kinds(*table)), _traced(*table)
   assert isinstance(static.codes, np.ndarray) and isinstance(traced.codes, jax.Array)
   np.testing.assert_array_equal(static.starts, traced.starts)
   length = static.codes.shape[-1]
@@ -85,7 +85,7 @@ def test_static_and_traced_agree(table):
 @QUICK
 @given(tables())
 def test_what_is_left_over_repeats_the_last_tile_as_empty(table):
-  for visits in (schedule.visits(*table), _traced(*table)):
+  for visits in (schedule.visits(schedule.kinds(*table)), _traced(*table)):
     codes, starts = np.asarray(visits.codes), np.asarray(visits.starts)
     for at in np.ndindex(*codes.shape[:2]):
       end = starts[at][-1]
@@ -96,16 +96,16 @@ def test_what_is_left_over_repeats_the_last_tile_as_empty(table):
 def test_codes_hold_the_largest_tile_numbers():
   some = np.zeros((1, 1, 2, schedule.MAX_TILES), bool)
   some[..., -1] = True
-  code = schedule.visits(some, some).codes[0, 0, 1]
+  code = schedule.visits(schedule.kinds(some, some)).codes[0, 0, 1]
   assert (schedule.outer(code), schedule.inner(code), schedule.kind(code)) == (1, schedule.MAX_TILES - 1, schedule.FULL)
   tall = some.swapaxes(-1, -2)
-  code = schedule.visits(tall, tall).codes[0, 0, -1]
+  code = schedule.visits(schedule.kinds(tall, tall)).codes[0, 0, -1]
   assert schedule.outer(code) == schedule.MAX_TILES - 1 and code > 0
 
 
 def test_too_many_tiles():
   some = np.ones((1, 1, 1, schedule.MAX_TILES + 1), bool)
   with pytest.raises(NotImplementedError, match="16385 tiles; at most 16384.*larger tiles"):
-    schedule.visits(some, some)
+    schedule.visits(schedule.kinds(some, some))
   with pytest.raises(NotImplementedError):
-    schedule.visits(jnp.asarray(some), jnp.asarray(some))
+    schedule.visits(schedule.kinds(jnp.asarray(some), jnp.asarray(some)))
