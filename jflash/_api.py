@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from . import _autodiff, _backends, _check, _plan, masks
+from . import _autodiff, _backends, _check, _mask, _plan, masks
 from ._logits import Logits
 from ._problem import Problem
 
@@ -84,16 +84,16 @@ def make_problem(query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scal
   _check.inputs(q, k, v)
   if q.ndim == 3:
     q, k, v = q[None], k[None], v[None]
-  sizes = masks.Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+  sizes = _mask.Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
   if query_positions is not None:
     sizes = sizes._replace(query_positions=_check.per_query(query_positions, sizes, "query_positions"))
   if key_value_positions is not None:
     sizes = sizes._replace(key_positions=_check.per_key(key_value_positions, sizes, "key_value_positions"))
   _check.both_or_none(query_segment_ids, "query_segment_ids", key_value_segment_ids, "key_value_segment_ids")
 
-  parts: list[masks.Mask] = []
+  parts: list[_mask.Mask] = []
   if mask is not None:
-    parts.append(mask.bind(sizes) if isinstance(mask, masks.Mask) else masks.Elements(_check.mask_array(mask, sizes)))
+    parts.append(mask.bind(sizes) if isinstance(mask, _mask.Mask) else masks.Elements(_check.mask_array(mask, sizes)))
   if is_causal:
     parts.append(masks.Causal())
   if local_window_size is not None:
@@ -114,7 +114,7 @@ def make_problem(query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scal
   return Problem(q, k, v, logits)
 
 
-def _all_of(parts: list[masks.Mask]) -> masks.Mask | None:
+def _all_of(parts: list[_mask.Mask]) -> _mask.Mask | None:
   mask = parts[0] if parts else None
   for part in parts[1:]:
     mask = mask & part

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._mask import Coordinates, Mask, Span
 from ._pytree import pytree
-from .masks import Coordinates, Mask, Span
 
 
 @pytree

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from pallas_kernels import schedule
 
-from . import _check, _plan, masks
+from . import _check, _mask, _plan, masks
 from ._logits import Logits
 from ._problem import Problem
 
@@ -122,17 +122,17 @@ def show(mask: Any, queries: int, keys: int, *, tiles: int | tuple[int, int] = (
     raise ValueError(f"`tiles` is {tiles!r}; pass two integers >= 1, (query rows, key columns), or one for both.")
   leads = _leading(mask), _leading_of(query_positions, 1), _leading_of(key_value_positions, 1)
   batch, heads = (max(sizes) for sizes in zip(*leads))
-  sizes = masks.Sizes(batch, heads, int(queries), int(keys))
+  sizes = _mask.Sizes(batch, heads, int(queries), int(keys))
   if query_positions is not None:
     sizes = sizes._replace(query_positions=_check.per_query(query_positions, sizes, "query_positions"))
   if key_value_positions is not None:
     sizes = sizes._replace(key_positions=_check.per_key(key_value_positions, sizes, "key_value_positions"))
-  bound = mask.bind(sizes) if isinstance(mask, masks.Mask) else masks.Elements(_check.mask_array(mask, sizes))
+  bound = mask.bind(sizes) if isinstance(mask, _mask.Mask) else masks.Elements(_check.mask_array(mask, sizes))
   tile = min(int(sides[0]), sizes.queries), min(int(sides[1]), sizes.keys)
   kinds = tile_kinds(_problem(bound, sizes), _plan.Plan(tile, (1, 1), False, False))
   if kinds is None:
     raise ValueError(f"`mask`, {mask!r}, or the positions are traced; call `show` outside jit, on arrays with values.")
-  name = repr(mask if isinstance(mask, masks.Mask) else masks.Dense(_check.as_array(mask)))
+  name = repr(mask if isinstance(mask, _mask.Mask) else masks.Dense(_check.as_array(mask)))
   return TileMap(kinds, tile, sizes.queries, sizes.keys, name)
 
 
@@ -156,7 +156,7 @@ def _has_value(x: Any) -> bool:
   return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
-def _problem(mask: masks.Mask, sizes: masks.Sizes) -> Problem:
+def _problem(mask: _mask.Mask, sizes: _mask.Sizes) -> Problem:
   """Attention under `mask` as far as a schedule looks at it: sizes, but no queries and no keys."""
   of = lambda length: jax.ShapeDtypeStruct((sizes.batch, length, sizes.heads, 1), np.float32)
   logits = Logits(1.0, mask=mask, query_positions=sizes.query_positions, key_positions=sizes.key_positions)
@@ -167,14 +167,14 @@ def _leading(mask: Any) -> tuple[int, int]:
   """(batch, heads) of the arrays that a mask is made of, before it is bound: 1 where it does not tell them apart."""
   if isinstance(mask, masks.Dense):
     mask = mask.array
-  if not isinstance(mask, masks.Mask):  # [B, N, T, S]
+  if not isinstance(mask, _mask.Mask):  # [B, N, T, S]
     shape: Any = (1, 1, 1, 1, *np.shape(mask))
     return shape[-4], shape[-3]
   if isinstance(mask, masks.BlockSparse):  # [B, N, query blocks, key blocks]
     return _leading(mask.table)
   own = 1 if isinstance(mask, masks.Segments) else 0  # [B, T], and [B] in all others
   parts = [getattr(mask, field.name) for field in dataclasses.fields(mask)]  # type: ignore[arg-type]
-  leads = [_leading(x) if isinstance(x, masks.Mask) else _leading_of(x, own) for x in parts if not callable(x)]
+  leads = [_leading(x) if isinstance(x, _mask.Mask) else _leading_of(x, own) for x in parts if not callable(x)]
   return max([b for b, _ in leads], default=1), max([h for _, h in leads], default=1)
 
 

@@ -1,188 +1,21 @@
-"""Masks as an algebra: atoms with an element rule and a tile rule, composed with `&`, `|` and `~`.
+"""Masks: which keys each query may see. Atoms, which combine with `&`, `|` and `~`.
 
-    keep(at) -> bool array        may query position at.q see key position at.k?
-    tile(at) -> (some, all)       the same for whole tiles, on the spans of their positions
-
-`some` may say True too often and `all` may say False too often, never the other way round, so every composition is sound:
-a tile without `some` is not loaded, a tile with `all` needs no mask arithmetic. An atom without a tile rule answers
-(True, False): right, just not skipped.
-
-Python numbers in an atom are static; NumPy arrays are known while tracing; JAX arrays may be traced. What an atom is made of
-is checked against the problem's sizes by `bind`, which also lays every array out as `[B|1, N|1, T|1, S|1, …]`: a size of
-one broadcasts, any further axes belong to the whole problem. After that one object serves everywhere, whatever stands in
-its leaves: arrays, tiles of them, or spans.
+Python numbers in an atom are static; NumPy arrays are known while tracing, so that what they hide costs nothing at run time;
+JAX arrays may be traced. `_mask` says what `keep`, `tile` and `bind` are.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from . import _check
+from ._mask import Mask, Sizes, Span, brief, conjunction
 from ._pytree import is_static, pytree
-
-
-class Span(NamedTuple):
-  """The least and the greatest value over each tile; arrays that broadcast to `[B, N, T tiles, S tiles]`."""
-
-  lo: Any
-  hi: Any
-
-
-class Coordinates(NamedTuple):
-  """Where the scores of a tile lie: batch and head numbers, row and column numbers, query and key positions.
-
-  On elements these are integer arrays that broadcast to the tile (rows and q vary along its second-to-last axis, columns and k
-  along its last); on tiles rows, columns, q and k are `Span`s. Positions are the row and column numbers unless the caller
-  gave others.
-  """
-
-  batch: Any
-  head: Any
-  row: Any
-  column: Any
-  q: Any
-  k: Any
-
-
-class Sizes(NamedTuple):
-  """What a mask is bound to: B batch, N query heads, T queries, S keys, and the positions where the caller gave any."""
-
-  batch: int
-  heads: int
-  queries: int
-  keys: int
-  query_positions: Any = None  # [B|1, 1, T, 1]
-  key_positions: Any = None  # [B|1, 1, 1, S]
-
-
-class Mask:
-  """Which keys each query may see. Combine with `&`, `|`, `~`; boolean arrays join in as `Dense`."""
-
-  def keep(self, at: Coordinates) -> Any:
-    raise NotImplementedError
-
-  def tile(self, at: Coordinates) -> tuple[Any, Any]:
-    del at
-    return np.array(True), np.array(False)
-
-  def bind(self, sizes: Sizes) -> Mask:
-    """This mask with its arrays checked against `sizes` and laid out as `[B|1, N|1, T|1, S|1, …]`."""
-    del sizes
-    return self
-
-  def __and__(self, other: Any) -> Mask:
-    return And(self, _as_mask(other))
-
-  def __rand__(self, other: Any) -> Mask:
-    return And(_as_mask(other), self)
-
-  def __or__(self, other: Any) -> Mask:
-    return Or(self, _as_mask(other))
-
-  def __ror__(self, other: Any) -> Mask:
-    return Or(_as_mask(other), self)
-
-  def __invert__(self) -> Mask:
-    return Not(self)
-
-  def __bool__(self) -> bool:
-    raise TypeError("a mask has no truth value; combine masks with `&`, `|` and `~`, not with `and`, `or` and `not`.")
-
-  def __repr__(self) -> str:
-    fields = ", ".join(f"{f.name}={_brief(getattr(self, f.name))}" for f in dataclasses.fields(self)  # type: ignore[arg-type]
-                       if getattr(self, f.name) is not None)
-    return f"{type(self).__name__.lstrip('_')}({fields})"
-
-  __array_priority__ = 1000  # so that `array & mask` asks the mask
-  __array_ufunc__ = None
-
-
-def _brief(value: Any) -> str:
-  if isinstance(value, (np.ndarray, jax.Array)):
-    return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-  return getattr(value, "__name__", repr(value))
-
-
-def _as_mask(value: Any) -> Mask:
-  if isinstance(value, Mask):
-    return value
-  if hasattr(value, "dtype"):
-    return Dense(value)
-  raise TypeError(f"a mask combines with another mask or a boolean array, not with {value!r} of type {type(value).__name__}.")
-
-
-# Composition ----------------------------------------------------------------------------------------------------------
-
-
-@pytree
-class And(Mask):
-  """Kept where both keep."""
-
-  a: Mask
-  b: Mask
-
-  def keep(self, at):
-    return self.a.keep(at) & self.b.keep(at)
-
-  def tile(self, at):
-    (some_a, all_a), (some_b, all_b) = self.a.tile(at), self.b.tile(at)
-    return some_a & some_b, all_a & all_b
-
-  def bind(self, sizes):
-    return And(self.a.bind(sizes), self.b.bind(sizes))
-
-  def __repr__(self):
-    return " & ".join(f"({x!r})" if isinstance(x, Or) else repr(x) for x in (self.a, self.b))
-
-
-@pytree
-class Or(Mask):
-  """Kept where either keeps."""
-
-  a: Mask
-  b: Mask
-
-  def keep(self, at):
-    return self.a.keep(at) | self.b.keep(at)
-
-  def tile(self, at):
-    (some_a, all_a), (some_b, all_b) = self.a.tile(at), self.b.tile(at)
-    return some_a | some_b, all_a | all_b
-
-  def bind(self, sizes):
-    return Or(self.a.bind(sizes), self.b.bind(sizes))
-
-  def __repr__(self):
-    return f"{self.a!r} | {self.b!r}"
-
-
-@pytree
-class Not(Mask):
-  """Kept where the other does not keep."""
-
-  a: Mask
-
-  def keep(self, at):
-    return ~self.a.keep(at)
-
-  def tile(self, at):
-    some, all_ = self.a.tile(at)
-    return ~all_, ~some
-
-  def bind(self, sizes):
-    return Not(self.a.bind(sizes))
-
-  def __repr__(self):
-    return f"~({self.a!r})" if isinstance(self.a, (And, Or)) else f"~{self.a!r}"
-
-
-# Atoms ----------------------------------------------------------------------------------------------------------------
 
 
 @pytree
@@ -224,7 +57,7 @@ class Window(Mask):
       sides.append(at.k >= at.q - self.left)
     if self.right is not None:
       sides.append(at.k <= at.q + self.right)
-    return _conjunction(sides, (at.q >= at.k) | (at.q < at.k))
+    return conjunction(sides, (at.q >= at.k) | (at.q < at.k))
 
   def tile(self, at):
     left, right = (Span(x, x) if not isinstance(x, Span) else x for x in (self.left, self.right))
@@ -235,7 +68,7 @@ class Window(Mask):
     if self.right is not None:
       some.append(at.k.lo <= at.q.hi + right.hi)
       all_.append(at.k.hi <= at.q.lo + right.lo)
-    return _conjunction(some, np.array(True)), _conjunction(all_, np.array(True))
+    return conjunction(some, np.array(True)), conjunction(all_, np.array(True))
 
   def bind(self, sizes):
     return Window(*(x if is_static(x) else _check.scalar(x, f"masks.Window.{name}")
@@ -292,7 +125,7 @@ class Lengths(Mask):
 
   def _keep(self, q, k):
     sides = ([q < self.query] if self.query is not None else []) + ([k < self.key] if self.key is not None else [])
-    return _conjunction(sides, (q >= k) | (q < k))
+    return conjunction(sides, (q >= k) | (q < k))
 
   def _tile(self, q, k):
     some, all_ = [], []
@@ -301,7 +134,7 @@ class Lengths(Mask):
         length = length if isinstance(length, Span) else Span(length, length)
         some.append(span.lo < length.hi)
         all_.append(span.hi < length.lo)
-    return _conjunction(some, np.array(True)), _conjunction(all_, np.array(True))
+    return conjunction(some, np.array(True)), conjunction(all_, np.array(True))
 
   def bind(self, sizes):
     name = f"masks.{type(self).__name__}"
@@ -432,15 +265,8 @@ class Custom(Mask):
 
   def keep(self, at):
     kept = self.fn(at.batch, at.head, at.q, at.k)
-    _check.boolean(kept, f"the value of masks.Custom({_brief(self.fn)})")
+    _check.boolean(kept, f"the value of masks.Custom({brief(self.fn)})")
     return kept
-
-
-def _conjunction(terms: list, default: Any) -> Any:
-  result = terms[0] if terms else default
-  for term in terms[1:]:
-    result = result & term
-  return result
 
 
 def _look_up(array: Any, sizes: Sizes) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from jflash import masks
-
 from tests.cases import XLA, case, columns, per_batch, rows
 
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflash import _reference
-
 from tests.cases import SCORE_TERMS, Built
 
 

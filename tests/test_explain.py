@@ -113,18 +113,14 @@ def test_nothing_is_computed(monkeypatch):
   assert jflash.explain(*inputs()).backend == "xla"
 
 
-def fake(name, reason):
-  real = _backends.get
-
-  def get(asked):
-    backend = real("xla")._replace(name=asked) if asked == name else real(asked)
-    return backend._replace(supports=lambda problem: reason) if asked == name else backend
-
-  return get
+@pytest.fixture
+def no_mercury(monkeypatch):
+  """The kernels' backend cannot run here, for a reason of its own."""
+  absent = _backends.get("tpu")._replace(unavailable=lambda: "there is no mercury here")
+  monkeypatch.setattr(_backends, "_BACKENDS", (absent, _backends.get("xla")))
 
 
-def test_a_backend_is_passed_over_with_its_reason(monkeypatch):
-  monkeypatch.setattr(_backends, "get", fake("tpu", "there is no mercury here"))
+def test_a_backend_is_passed_over_with_its_reason(no_mercury):
   why = jflash.explain(*inputs())
   assert why.passed_over == {"tpu": "there is no mercury here"}
   assert "not tpu    there is no mercury here" in str(why)
@@ -132,8 +128,7 @@ def test_a_backend_is_passed_over_with_its_reason(monkeypatch):
   assert named.passed_over == {"tpu": "implementation='xla' was asked for"}
 
 
-def test_a_named_backend_that_cannot_raises_what_attention_raises(monkeypatch):
-  monkeypatch.setattr(_backends, "get", fake("tpu", "there is no mercury here"))
+def test_a_named_backend_that_cannot_raises_what_attention_raises(no_mercury):
   messages = []
   for f in (jflash.attention, jflash.explain):
     with pytest.raises(NotImplementedError) as caught:

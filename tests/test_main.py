@@ -10,7 +10,7 @@ import pytest
 
 import jflash
 from jflash import __main__ as report
-from jflash import _backends, _plan
+from jflash import _xla
 
 CASE = report.Case("grouped, window", jnp.bfloat16, (1, 150, 140, 2, 1, 8, 4), report.CASES[1].make)
 
@@ -35,21 +35,7 @@ def computed():
   return results
 
 
-def backends(monkeypatch, **changes):
-  """Makes "xla" the backend of every name, with these changes by name."""
-  real = _backends.get
-  monkeypatch.setattr(_backends, "get", lambda name: real("xla")._replace(**{"name": name, **changes.get(name, {})}))
-
-
-ABSENT = {"supports": lambda problem: "it needs a TPU"}
-
-
-@pytest.fixture
-def no_tpu(monkeypatch):
-  backends(monkeypatch, tpu=ABSENT)
-
-
-def test_all_is_right(one_case, computed, no_tpu, monkeypatch, capsys):
+def test_all_is_right(one_case, computed, monkeypatch, capsys):
   results = iter(computed)
   monkeypatch.setattr(report, "_outputs_and_gradients", lambda *args: next(results))
   assert report.main([]) == 0
@@ -63,7 +49,7 @@ def test_all_is_right(one_case, computed, no_tpu, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name, shift", [("out", 0.1), ("lse", 1e-4), ("dquery", 0.3), ("dvalue", 0.3)])
-def test_a_wrong_number_fails(name, shift, one_case, computed, no_tpu, monkeypatch, capsys):
+def test_a_wrong_number_fails(name, shift, one_case, computed, monkeypatch, capsys):
   """One number of one output is off by some hundredths of its size, or, in float32, by far less."""
   ours, *references = ({key: x.copy() for key, x in results.items()} for results in computed)
   ours[name].flat[7] += shift
@@ -80,7 +66,7 @@ def test_a_backend_that_breaks_fails(one_case, monkeypatch, capsys):
   def forward(*args):
     raise ZeroDivisionError("one by zero")
 
-  backends(monkeypatch, tpu=ABSENT, xla={"forward": forward})
+  monkeypatch.setattr(_xla, "forward", forward)
   assert report.main([]) == 1
   assert "FAIL ZeroDivisionError: one by zero" in capsys.readouterr().out
 
@@ -91,11 +77,7 @@ def test_nan_fails():
 
 
 def test_interpret_checks_what_is_absent(monkeypatch, capsys):
-  """A stand-in kernel backend that runs in the interpreter alone."""
   monkeypatch.setattr(report, "CASES", ())
-  absent = {"supports": lambda problem: None if _plan.interpreting() else "it needs a TPU",
-            "plan": lambda problem: _plan.Plan((8, 8), (1, 1), False, _plan.interpreting())}
-  backends(monkeypatch, tpu=absent)
   assert report.main(["--interpret"]) == 0
   line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tpu      interpreted"))
   assert line.endswith("ok")

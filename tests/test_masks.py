@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jflash
-from jflash import masks
+from jflash import _mask, masks
 from jflash._logits import Logits
 
 B, N, T, S = 2, 3, 23, 31
-SIZES = masks.Sizes(B, N, T, S)
+SIZES = _mask.Sizes(B, N, T, S)
 ROW, COLUMN = np.arange(T).reshape(1, 1, T, 1), np.arange(S).reshape(1, 1, 1, S)
 QUICK = settings(max_examples=50, deadline=None)
 TILES = st.tuples(st.sampled_from((1, 4, 5, 8, 23, 32)), st.sampled_from((1, 4, 7, 8, 31, 32)))
@@ -26,7 +26,7 @@ TILES = st.tuples(st.sampled_from((1, 4, 5, 8, 23, 32)), st.sampled_from((1, 4, 
 def keep_of(mask, q=None, k=None):
   """What `mask` keeps, element by element, `[B, N, T, S]`."""
   bound = mask.bind(SIZES._replace(query_positions=q, key_positions=k))
-  at = masks.Coordinates(np.arange(B).reshape(B, 1, 1, 1), np.arange(N).reshape(1, N, 1, 1), ROW, COLUMN,
+  at = _mask.Coordinates(np.arange(B).reshape(B, 1, 1, 1), np.arange(N).reshape(1, N, 1, 1), ROW, COLUMN,
                          ROW if q is None else q, COLUMN if k is None else k)
   return np.broadcast_to(np.asarray(bound.keep(at)), (B, N, T, S))
 
@@ -175,7 +175,7 @@ def test_a_block_shape_may_be_one_number():
 def test_row_lengths_ignore_positions():
   q = np.full((1, 1, T, 1), 100)
   lengths = np.array([4, 9])
-  np.testing.assert_array_equal(keep_of(masks.RowLengths(lengths, None), q), np.broadcast_to(ROW < lengths.reshape(B, 1, 1, 1), (B, N, T, S)))
+  np.testing.assert_array_equal(keep_of(masks.RowLengths(lengths, None), q), np.broadcast_to(lengths.reshape(B, 1, 1, 1) > ROW, (B, N, T, S)))
   assert not keep_of(masks.Lengths(lengths, None), q).any()
 
 

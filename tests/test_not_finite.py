@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jflash import masks
-
 from tests.backends import BACKENDS, attention
 
 B, T, S, N, K, H, E = 2, 139, 261, 6, 3, 20, 12

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pallas_kernels import softmax
 
 from jflash import _reference
+from pallas_kernels import softmax
 
 QUICK = settings(max_examples=40, deadline=None)
 ROWS, KEYS, WIDTH = 5, 12, 3

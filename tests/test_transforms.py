@@ -91,7 +91,7 @@ def test_vmap_over_each_argument_and_its_gradients(backend, name):
     return jax.value_and_grad(f)(arrays, x)
 
   if backend != "xla":  # the kernels' own gradients have their tests; here the batching of a call matters
-    value_and_grads = lambda x: summed(backend, **{**rest, name: x})  # noqa: E731, F811
+    value_and_grads = lambda x: summed(backend, **{**rest, name: x})
   one_by_one = jax.tree.map(lambda *x: jnp.stack(x), *[value_and_grads(x) for x in mapped])
   close(jax.vmap(value_and_grads)(mapped), one_by_one)  # vmap of grad
 
