@@ -10,6 +10,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +52,8 @@ def arguments(draw):
   return arrays, kwargs, keep
 
 
-@settings(max_examples=20, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
 @given(arguments(), st.booleans())
 def test_values_and_gradients_are_those_of_jax(drawn, residual):
   arrays, kwargs, keep = drawn
