@@ -10,6 +10,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +52,8 @@ def arguments(draw):
   return arrays, kwargs, keep
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
 @given(arguments(), st.booleans())
 def test_values_and_gradients_are_those_of_jax(drawn, residual):
   arrays, kwargs, keep = drawn
@@ -60,10 +62,9 @@ def test_values_and_gradients_are_those_of_jax(drawn, residual):
   def run(function, **more):
     def loss(arrays):
       result = function(**arrays, **kwargs, return_residual=residual, **more)
-      out, lse = result if residual else (result, jnp.zeros(seen.shape))
-      out, lse = jnp.where(seen[..., None], out, 0), jnp.where(seen, lse, 0)
-      return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse)), result
-    (_, result), grads = jax.value_and_grad(loss, has_aux=True)(arrays)
+      out = result[0] if residual else result  # the lse of jax.nn has no gradient
+      return jnp.sum(jnp.sin(jnp.where(seen[..., None], out, 0))), result
+    (_, result), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
     return result, grads
 
   ours, our_grads = run(jflash.attention, implementation="xla")
