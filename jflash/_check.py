@@ -21,6 +21,8 @@ def as_array(x: Any) -> Any:
 
 def inputs(query: Any, key: Any, value: Any) -> None:
   """Checks ranks, sizes, head counts and dtypes of `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, E]` (or without B)."""
+  for name, x in (("query", query), ("key", key), ("value", value)):
+    sharding(name, x)
   if query.ndim not in (3, 4):
     raise ValueError(f"`query` has {query.ndim} axes and shape {query.shape}; pass [B, T, N, H] or, unbatched, [T, N, H].")
   for name, x in (("key", key), ("value", value)):
@@ -235,3 +237,17 @@ def bias(x: Any, sizes: Any) -> Any:
     raise ValueError(f"`bias` has dtype {x.dtype}; it must be real numbers, added to the scores. A boolean mask goes to `mask`.")
   x = per_score(x, sizes, "bias")
   return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(np.float32)
+
+
+def sharding(name: str, x: Any) -> None:
+  """Refuses arrays whose type says how they are sharded: nothing here says how results would be."""
+  kind = jax.typeof(x)
+  manual = getattr(getattr(kind, "manual_axis_type", None), "varying", ()) or getattr(kind, "vma", ())
+  if manual:
+    raise NotImplementedError(f"`{name}` is {kind} and varies over the mesh axes {sorted(manual)}, which attention does not track; "
+                              "call it inside jax.shard_map(..., check_vma=False).")
+  spec = getattr(kind.sharding, "spec", ())
+  if any(axis is not None for axis in spec):
+    raise NotImplementedError(f"`{name}` is {kind}, sharded over explicit mesh axes, which attention does not follow; wrap the "
+                              "call in jax.shard_map(..., check_vma=False) over batch or heads, or make the mesh with "
+                              "AxisType.Auto.")
