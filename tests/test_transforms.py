@@ -149,10 +149,8 @@ def test_checkpoint_and_its_policies():
   close(jax.grad(jax.checkpoint(f))(q), plain)
   close(jax.grad(jax.checkpoint(f, policy=save))(q), plain)
   counts = [_count_forward(g, q) for g in (f, jax.checkpoint(f, policy=save), jax.checkpoint(f))]
-  assert counts[0] >= 1
+  assert counts[1] == counts[0] >= 1, "with the policy the forward pass runs once"
   assert counts[2] > counts[0], "without a policy the forward pass runs again"
-  forwards = jax.jit(jax.grad(jax.checkpoint(f, policy=save))).lower(q).compile().as_text()
-  assert forwards  # compiled; that it does not recompute is in the saved residuals:
   saved = [name for name in _saved(jax.checkpoint(f, policy=save), q) if "jflash_" in name]
   assert any("jflash_out" in name for name in saved) and any("jflash_lse" in name for name in saved)
 
@@ -209,12 +207,10 @@ def test_second_derivatives(mode):
   f = lambda q: summed("xla", q, k, v, is_causal=True)
   directions = draw(1)[0][:1, :20], draw(2)[0][:1, :20]
   along = lambda f, d: lambda q: jax.jvp(f, (q,), (d,))[1]
-  slope = {"fwd over rev": lambda q: jnp.vdot(jax.grad(f)(q), directions[1]), "fwd over fwd": along(f, directions[1]),
-           "rev over rev": lambda q: jnp.vdot(jax.grad(f)(q), directions[1])}[mode]
-  if mode == "rev over rev":
-    second = jnp.vdot(jax.grad(slope)(q), directions[0])
-  else:
-    second = along(slope, directions[0])(q)
+  pulled = lambda f, d: lambda q: jnp.vdot(jax.grad(f)(q), d)
+  inner, outer = {"fwd over rev": (pulled, along), "fwd over fwd": (along, along), "rev over rev": (pulled, pulled)}[mode]
+  slope = inner(f, directions[1])
+  second = outer(slope, directions[0])(q)
   step = 1e-2
   numeric = (slope(q + step * directions[0]) - slope(q - step * directions[0])) / (2 * step)
   np.testing.assert_allclose(second, numeric, rtol=2e-2, atol=2e-2)
