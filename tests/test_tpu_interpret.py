@@ -1,0 +1,52 @@
+"""The TPU kernels in the interpreter that models memory spaces and copies: races, and NaN in all that nobody has written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import jflash
+from jflash import _reference, masks
+
+T, S, N, K, H, E = 200, 300, 4, 2, 24, 16
+SEGMENTS = [jnp.asarray(np.sort(np.random.default_rng(n).integers(0, 3, (1, size))), jnp.int32) for n, size in ((0, T), (1, S))]
+CASES = {
+    "causal": {"is_causal": True},
+    "lengths_and_window": {"key_value_seq_lengths": jnp.array([170], jnp.int32), "local_window_size": (60, 5)},
+    "segments": {"query_segment_ids": SEGMENTS[0], "key_value_segment_ids": SEGMENTS[1]},
+    "soft_cap_and_blocks": {"logits_soft_cap": 3.0, "mask": masks.BlockSparse(np.eye(4, 5, dtype=bool), (50, 60))},
+}
+
+
+def keep(name):
+  q, k = np.arange(T)[:, None], np.arange(S)[None]
+  return {"causal": q >= k, "lengths_and_window": (k < 170) & (k >= q - 60) & (k <= q + 5),
+          "segments": np.asarray(SEGMENTS[0]).T == np.asarray(SEGMENTS[1]), "soft_cap_and_blocks": q // 50 == k // 60}[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_races_and_nothing_unwritten_is_read(name):
+  shapes = (1, T, N, H), (1, S, K, H), (1, S, K, E), (1, N, 1, S)
+  q, k, v, bias = (jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(0), 4), shapes))
+
+  def loss(attend):
+    def of(*args):
+      out, lse = attend(*args)
+      return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(lse > -jnp.inf, jnp.cos(lse), 0.0))
+    return of
+
+  ours = lambda q, k, v, bias: jflash.attention(q, k, v, bias, implementation="tpu", return_residual=True, **CASES[name])
+  dense = lambda q, k, v, bias: _reference.attention(q, k, v, bias, keep(name), logits_soft_cap=CASES[name].get("logits_soft_cap"))
+  with jflash.interpret(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="uninitialized")):
+    value, grads = jax.value_and_grad(loss(ours), (0, 1, 2, 3))(q, k, v, bias)
+  want, want_grads = jax.value_and_grad(loss(dense), (0, 1, 2, 3))(q, k, v, bias)
+  np.testing.assert_allclose(value, want, rtol=1e-5)
+  for got, expected in zip(grads, want_grads):
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+  assert not races_found()
+
+
+def races_found():
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # nowhere public
+  return interpret_pallas_call.races is not None and interpret_pallas_call.races.races_found
