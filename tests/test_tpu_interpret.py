@@ -22,7 +22,7 @@ CASES = {
 def keep(name):
   q, k = np.arange(T)[:, None], np.arange(S)[None]
   return {"causal": q >= k, "lengths_and_window": (k < 170) & (k >= q - 60) & (k <= q + 5),
-          "segments": np.asarray(SEGMENTS[0]).T == np.asarray(SEGMENTS[1]), "soft_cap_and_blocks": q // 50 == k // 60}[name]
+          "segments": np.asarray(SEGMENTS[1]) == np.asarray(SEGMENTS[0]).T, "soft_cap_and_blocks": q // 50 == k // 60}[name]
 
 
 @pytest.mark.parametrize("name", CASES)

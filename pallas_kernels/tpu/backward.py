@@ -70,11 +70,7 @@ def _dq(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.V
   """dQ = d(QKᵀ) K, summed over the key tiles of a query tile."""
   batch, heads, _, width = residuals.q.shape
   walk = launch.walk(visits)
-
-  def where(b, h, n, codes):
-    code = walk.code(codes, b, lax.div(h, call.groups), n)
-    return launch.Place(b, h, schedule.outer(code), schedule.inner(code))
-
+  where = walk.row_by_row(call.groups)
   count = len(jax.tree.leaves(logits))
 
   def kernel(codes, *refs):

@@ -25,11 +25,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
   batch, heads, queries, width = q.shape
   value_width, rows = v.shape[3], call.tiles[0]
   walk = launch.walk(visits)
-
-  def where(b, h, n, codes):
-    code = walk.code(codes, b, lax.div(h, call.groups), n)
-    return launch.Place(b, h, schedule.outer(code), schedule.inner(code))
-
+  where = walk.row_by_row(call.groups)
   count = len(jax.tree.leaves(logits))
 
   def kernel(codes, *refs):

@@ -100,6 +100,14 @@ class Walk(NamedTuple):
     return first, last
 
 
+  def row_by_row(self, groups: int) -> Callable[..., Place]:
+    """Where step (batch, head, n) of a grid along lists of rows computes."""
+    def where(batch, head, n, codes):
+      code = self.code(codes, batch, lax.div(head, groups), n)
+      return Place(batch, head, schedule.outer(code), schedule.inner(code))
+    return where
+
+
 def walk(visits: schedule.Visits) -> Walk:
   return Walk(visits.codes.shape[:2], visits.codes.shape[2])
 
