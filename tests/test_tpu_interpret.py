@@ -47,6 +47,25 @@ def test_no_races_and_nothing_unwritten_is_read(name):
   assert not races_found()
 
 
+def test_gradients_under_vmap_with_a_schedule_for_each():
+  """Batched ids and lengths make batched lists of visits."""
+  q, k, v = (jax.random.normal(key, (2, 1, 150, 2, 8)) for key in jax.random.split(jax.random.key(0), 3))
+  ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 3, (2, 150))), jnp.int32)
+  lengths = jnp.array([[140], [30]], jnp.int32)
+
+  def gradients(implementation):
+    def loss(q, k, v, ids, lengths):
+      out = jflash.attention(q, k, v, query_segment_ids=ids, key_value_segment_ids=ids, key_value_seq_lengths=lengths,
+                             implementation=implementation)
+      return jnp.sum(out**2)
+    return jax.vmap(jax.grad(loss, (0, 1, 2)))(q, k, v, ids, lengths)
+
+  with jflash.interpret():
+    ours = gradients("tpu")
+  for got, expected in zip(ours, gradients("xla")):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def races_found():
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # nowhere public
   return interpret_pallas_call.races is not None and interpret_pallas_call.races.races_found
