@@ -70,8 +70,8 @@ def compile_gradient(chip, qkv, dtype, arrays, options):
 
   struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
   floats = {"qkv": [struct(shape, dtype) for shape in qkv],
-            "arrays": {n: struct(shape, d) for n, shape, d in arrays if d in (F32, BF16)}}
-  others = {n: struct(shape, d) for n, shape, d in arrays if d not in (F32, BF16)}
+            "arrays": {n: struct(shape, d) for n, shape, d in arrays if "float" in d}}
+  others = {n: struct(shape, d) for n, shape, d in arrays if "float" not in d}
   compiled = compile_for(chip, jax.value_and_grad(loss), floats, others)
   return compiled, compiled.as_text().count('custom_call_target="tpu_custom_call"')
 
@@ -87,7 +87,7 @@ def test_feature_compiles(chip, feature):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_everything_at_once_compiles_at_full_tiles(chip, dtype):
   """The tiles that users get, with all that wants on-chip memory."""
   qkv = ((1, 1200, 4, 256), (1, 1500, 2, 256), (1, 1500, 2, 256))
@@ -106,17 +106,22 @@ def test_head_widths_compile(chip, width):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
+def test_float16_compiles(chip):
+  _, count = compile_gradient(chip, QKV, "float16", (("bias", (1, 1, 1, T), "float16"),), {"is_causal": True})
+  assert count == 4
+
+
+@pytest.mark.parametrize("chip", CHIPS)
 def test_sizes_of_one_compile(chip):
   _, count = compile_gradient(chip, ((1, 1, 1, 1),) * 3, F32, (), {})
   assert count == 3
 
 
-def test_memory_is_linear_on_a_tpu():
-  """Nothing of size T · S outside the kernels: temporary memory doubles with T. (Much smaller sizes stay on chip.)"""
-  temporary = lambda t: compile_gradient("v5e", ((1, t, 4, 64),) * 3, BF16, (), {})[0].memory_analysis().temp_size_in_bytes
-  small, large = temporary(32768), temporary(65536)
-  assert large <= 2.1 * small
-  assert large <= 65536 * 4 * 64 * 2 * 8  # a few arrays of the size of q
+@pytest.mark.parametrize("length", [16384, 65536, 131072])
+def test_memory_is_linear_on_a_tpu(length):
+  """Outside the kernels: six arrays of the size of q with heads leading (its 64 columns lie on 128 lanes), and row statistics."""
+  compiled, _ = compile_gradient("v5e", ((1, length, 4, 64),) * 3, BF16, (), {})
+  assert compiled.memory_analysis().temp_size_in_bytes <= 6 * (length * 4 * 128 * 2) + 8 * (length * 4 * 4)
 
 
 def test_float64_is_refused():
