@@ -7,5 +7,8 @@ from ._explain import explain as explain
 from ._plan import interpret as interpret
 from ._show import TileMap as TileMap
 from ._show import show as show
+from .regression import RegressionStats as RegressionStats
+from .regression import kernel_regression as kernel_regression
+from .regression import log_density as log_density
 
 __version__ = "0.1.0"

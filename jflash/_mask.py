@@ -179,6 +179,14 @@ class Not(Mask):
     return f"~({self.a!r})" if isinstance(self.a, (And, Or)) else f"~{self.a!r}"
 
 
+def parts(mask: Mask | None) -> list[Mask]:
+  """The mask and everything that it is composed of."""
+  if mask is None:
+    return []
+  nested = [getattr(mask, name) for name in ("a", "b") if isinstance(getattr(mask, name, None), Mask)]
+  return [mask] + [part for m in nested for part in parts(m)]
+
+
 def conjunction(terms: list, default: Any) -> Any:
   """All of the terms, or `default` where there are none."""
   result = terms[0] if terms else default

@@ -15,10 +15,15 @@ import numpy as np
 
 from pallas_kernels import schedule
 
+from . import masks
+from ._mask import parts
 from ._problem import Problem
 
 _interpreting: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_interpret", default=False)
 _forced_tiles: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_tiles", default=None)
+
+
+SMALLEST = 64  # rows or columns of a tile; below that, the way from tile to tile takes longer than the tile
 
 
 class Schedule(NamedTuple):
@@ -77,6 +82,11 @@ def interpreting() -> Any:
   return _interpreting.get()
 
 
+def context() -> Any:
+  """What a plan depends on besides the problem: a static argument for compiled functions that make plans inside."""
+  return _interpreting.get(), _forced_tiles.get(), platform()
+
+
 def platform() -> str:
   """The kind of device that is computed on: "cpu", "gpu" or "tpu"."""
   device = jax.config.jax_default_device  # type: ignore[attr-defined]
@@ -91,7 +101,7 @@ def plan_xla(problem: Problem) -> Plan:
   on_cpu = platform() == "cpu"
   length = max(problem.queries, problem.keys)
   side = 512 if length >= 4096 else 256
-  tiles = _forced_tiles.get() or (min(side, problem.queries), min(side, problem.keys))
+  tiles = _forced_tiles.get() or tuple(map(min, _blocks(problem, side), (problem.queries, problem.keys)))
   lead = _table_lead(problem)
   limit = (1 << 20 if on_cpu else 1 << 28) // (tiles[0] * tiles[1] * problem.groups)
   heads = _divisor(problem.kv_heads, limit) if lead[1] == 1 else 1
@@ -102,8 +112,9 @@ def plan_xla(problem: Problem) -> Plan:
 def plan_tpu(problem: Problem) -> Plan:
   """Tiles of up to 512 x 512, in multiples of 128, small enough for the tiles of wide heads to stay on chip."""
   side = 512 if max(problem.width, problem.value_width) <= 256 else 256 if max(problem.width, problem.value_width) <= 512 else 128
-  up = lambda n: min(side, 128 * math.ceil(n / 128))
-  tiles = _forced_tiles.get() or (up(problem.queries), up(problem.keys))
+  up = lambda n: 128 * math.ceil(n / 128)
+  tiles = _forced_tiles.get() or tuple(min(side, up(block), up(n)) for block, n in zip(
+      _blocks(problem, side), (problem.queries, problem.keys)))
   return Plan(tiles, (1, 1), False, interpreting())
 
 
@@ -145,6 +156,12 @@ def mask_arrays(problem: Problem) -> list[Any]:
 def _table_lead(problem: Problem) -> tuple[int, int]:
   """How many batch elements and heads the mask tells apart."""
   return tuple(max([x.shape[axis] for x in mask_arrays(problem)], default=1) for axis in (0, 1))  # type: ignore[return-value]
+
+
+def _blocks(problem: Problem, side: int) -> tuple[int, int]:
+  """(side, side), or the blocks of a block-sparse mask where they are smaller: in larger tiles they would not be skipped."""
+  shapes = [part.block_shape for part in parts(problem.logits.mask) if isinstance(part, masks.BlockSparse)]
+  return tuple(min([side, *(max(shape[axis], SMALLEST) for shape in shapes)]) for axis in (0, 1))  # type: ignore[return-value]
 
 
 def _divisor(n: int, limit: int) -> int:

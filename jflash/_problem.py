@@ -9,6 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels import products
+
 from ._logits import Logits
 from ._pytree import pytree
 
@@ -21,6 +23,7 @@ class Problem:
   k: Any
   v: Any
   logits: Logits
+  product: type = products.Dot  # of a query and a key, one of `pallas_kernels.products`
 
   @property
   def batch(self) -> int:

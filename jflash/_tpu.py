@@ -13,6 +13,7 @@ from pallas_kernels import softmax, tpu
 from pallas_kernels.tpu.backward import Residuals
 
 from . import _plan, masks
+from ._mask import parts
 from ._problem import Problem
 
 
@@ -25,7 +26,7 @@ def supports(problem: Problem) -> str | None:
 
 def _closes_over_arrays(mask: Any) -> str | None:
   """Whether a `Custom` function in the mask brings arrays of its own, which a kernel has no way to load."""
-  for part in _parts(mask):
+  for part in parts(mask):
     if isinstance(part, masks.Custom):
       point = jax.ShapeDtypeStruct((1, 1), np.int32)
       if any(np.ndim(c) for c in jax.make_jaxpr(part.fn)(*[point] * 4).consts):
@@ -33,15 +34,8 @@ def _closes_over_arrays(mask: Any) -> str | None:
   return None
 
 
-def _parts(mask: Any) -> list[Any]:
-  if mask is None:
-    return []
-  nested = [getattr(mask, name) for name in ("a", "b") if isinstance(getattr(mask, name, None), masks.Mask)]
-  return [mask] + [part for m in nested for part in _parts(m)]
-
-
 def _call(problem: Problem, plan: _plan.Plan) -> tpu.Call:
-  return tpu.Call(problem.queries, problem.keys, problem.groups, plan.tiles, plan.interpret)
+  return tpu.Call(problem.queries, problem.keys, problem.groups, problem.product, plan.tiles, plan.interpret)
 
 
 def _lead(x: Any, tile: int) -> Any:

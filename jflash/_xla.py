@@ -1,6 +1,7 @@
 """Attention in plain JAX, tiled and linear in memory: the CPU backend, and the one that supports everything.
 
-Three passes over the same walk: forward, tangent (forward mode) and cotangent (reverse mode).
+Three passes over the same walk: forward, tangent (forward mode) and cotangent (reverse mode). What a visit reads is cut out before
+the branch on the tile's kind: inside, XLA's CPU compiler would fuse the slice into the arithmetic, which then is not vectorised.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ def forward(problem: Problem, plan: Plan, schedule: Schedule) -> tuple[Any, Any]
     q = walk.rows(walk.q, chunk, i)
 
     def visit(j, kind, state):
+      k, v, leaves = walk.columns(walk.k, chunk, j), walk.columns(walk.v, chunk, j), walk.leaves(chunk, i, j)
+
       def compute(masked, state):
-        qk, v = _products(walk, q, walk.columns(walk.k, chunk, j)), walk.columns(walk.v, chunk, j)
-        s = walk.scores(walk.leaves(chunk, i, j), qk, chunk, i, j, masked)
+        s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked)
         return softmax.accumulate(state, s, functools.partial(_weigh, walk, s, v, masked))
 
       return by_kind(kind, compute, lambda state: state, state)
@@ -60,12 +62,13 @@ def tangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: Any
     q, dq, row_lse, row_out = (walk.rows(x, chunk, i) for x in (walk.q, dwalk.q, lse, out))
 
     def visit(j, kind, carry):
+      k, v, dk, dv = (walk.columns(x, chunk, j) for x in (walk.k, walk.v, dwalk.k, dwalk.v))
+      leaves, dleaves = walk.leaves(chunk, i, j), dwalk.leaves(chunk, i, j)
+
       def compute(masked, dout, dlse):
-        k, v, dk, dv = (walk.columns(x, chunk, j) for x in (walk.k, walk.v, dwalk.k, dwalk.v))
-        leaves, dleaves = walk.leaves(chunk, i, j), dwalk.leaves(chunk, i, j)
         scores = lambda qk, leaves: walk.scores(leaves, qk, chunk, i, j, masked)
-        moves = _products(walk, dq, k) + _products(walk, q, dk), [_as_tangent(x, d) for x, d in zip(leaves, dleaves)]
-        s, ds = jax.jvp(scores, (_products(walk, q, k), leaves), moves)
+        moves = walk.product.tangent(walk.algebra, q, k, dq, dk), [_as_tangent(x, d) for x, d in zip(leaves, dleaves)]
+        s, ds = jax.jvp(scores, (walk.product.scores(walk.algebra, q, k), leaves), moves)
         p = softmax.probabilities(s, row_lse)
         pds = p * jnp.where(s == -jnp.inf, 0, ds)
         weigh = functools.partial(_weigh, walk, s)
@@ -95,7 +98,8 @@ def cotangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: A
 
     def visit(j, kind, carry):
       dq, (dk, dv, dleaves) = carry
-      compute = functools.partial(_tile_gradients, walk, chunk, i, j, row, wanted)
+      columns = Columns(walk.columns(walk.k, chunk, j), walk.columns(walk.v, chunk, j), walk.leaves(chunk, i, j))
+      compute = functools.partial(_tile_gradients, walk, chunk, i, j, row, columns, wanted)
       nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(functools.partial(compute, True)))
       tile_dq, tile_dk, tile_dv, tile_dleaves = by_kind(kind, compute, nothing)
       return dq + tile_dq, (walk.add_columns(dk, tile_dk, chunk, j), walk.add_columns(dv, tile_dv, chunk, j),
@@ -121,33 +125,34 @@ class Row(NamedTuple):
   delta: Any
 
 
-def _tile_gradients(walk: Walk, chunk: Chunk, i: Any, j: Any, row: Row, wanted: tuple[bool, ...],
+class Columns(NamedTuple):
+  """What the backward pass reads for a key tile: k, v `[Bc, Kc, columns, …]`, and the tile's leaves."""
+
+  k: Any
+  v: Any
+  leaves: list[Any]
+
+
+def _tile_gradients(walk: Walk, chunk: Chunk, i: Any, j: Any, row: Row, columns: Columns, wanted: tuple[bool, ...],
                     masked: bool) -> tuple[Any, Any, Any, list[Any]]:
   """What tile (i, j) adds to dq, dk, dv and to the gradients of the wanted leaves."""
-  k, v, leaves = walk.columns(walk.k, chunk, j), walk.columns(walk.v, chunk, j), walk.leaves(chunk, i, j)
+  k, v, leaves = columns
 
   def scores(qk, some):
     some = iter(some)
     return walk.scores([next(some) if w else x for w, x in zip(wanted, leaves)], qk, chunk, i, j, masked)
 
-  s, pull = jax.vjp(scores, _products(walk, row.q, k), [x for w, x in zip(wanted, leaves) if w])
+  s, pull = jax.vjp(scores, walk.product.scores(walk.algebra, row.q, k), [x for w, x in zip(wanted, leaves) if w])
   p = softmax.probabilities(s, row.lse)
-  ds = softmax.dscores(p, walk.dot("bkgte,bkse->bkgts", row.dout, v), row.delta)
+  ds = softmax.dscores(p, walk.algebra.nt(row.dout, v), row.delta)
   dqk, dleaves = pull(jnp.where(s == -jnp.inf, 0, ds) if masked else ds)
-  clean = softmax.finite if masked else lambda x: x
-  dqk, p = dqk.astype(row.q.dtype), p.astype(row.q.dtype)
-  return (walk.dot("bkgts,bksh->bkgth", dqk, clean(k)), walk.dot("bkgts,bkgth->bksh", dqk, clean(row.q)),
-          walk.dot("bkgts,bkgte->bkse", p, row.dout), dleaves)
-
-
-def _products(walk: Walk, q: Any, k: Any) -> Any:
-  """Q Kᵀ, `[Bc, Kc, G, rows, columns]`."""
-  return walk.dot("bkgth,bksh->bkgts", q, k)
+  return (walk.product.dq(walk.algebra, dqk, row.q, k, masked), walk.product.dk(walk.algebra, dqk, row.q, k, masked),
+          walk.algebra.tn(p.astype(row.q.dtype), row.dout), dleaves)
 
 
 def _weigh(walk: Walk, s: Any, v: Any, masked: bool, p: Any) -> Any:
   """p V, safe against values that are not finite where the mask hides them."""
-  dot = lambda p, v: walk.dot("bkgts,bkse->bkgte", p.astype(v.dtype), v)
+  dot = lambda p, v: walk.algebra.nn(p.astype(v.dtype), v)
   return softmax.weigh_masked(p, s, v, dot) if masked else dot(p, v)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import schedule
+from pallas_kernels import products, schedule
 
 from ._logits import Logits
 from ._plan import Plan
@@ -42,6 +42,11 @@ class Walk:
     self.q, self.k, self.v = self.fill(problem.q, 0), self.fill(problem.k, 1), self.fill(problem.v, 1)
     both = lambda x: functools.reduce(lambda y, side: y if y.shape[side + 2] == 1 else self.fill(y, side, side + 2), (0, 1), x)
     self.logits = jax.tree.map(both, problem.logits)
+    self.product = problem.product
+    self.algebra = products.Algebra(
+        nt=functools.partial(self.dot, "bkgth,bksh->bkgts"), nn=functools.partial(self.dot, "bkgts,bksh->bkgth"),
+        tn=functools.partial(self.dot, "bkgts,bkgth->bksh"), lay_down=lambda x: x[:, :, None].swapaxes(-1, -2),
+        over_rows=lambda s: s.sum((2, 3))[..., None])
 
   def fill(self, x: Any, side: int, axis: int = 1, value: float = 0) -> Any:
     """Fills an axis that runs along the queries (side 0) or the keys (side 1) up with `value` to whole tiles."""

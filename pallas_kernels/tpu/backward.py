@@ -53,17 +53,13 @@ def _tile_gradients(call: launch.Call, logits: Any, tiles: Any, refs: Any, place
     return call.scores(logits, filled, place, qk, masked)
 
   leaf = jnp.zeros(()) if wanted is None else tiles[wanted]
-  s, pull = jax.vjp(scores, call.dot(q_ref[...], k_ref[...], (1, 1)), leaf)
+  s, pull = jax.vjp(scores, call.product.scores(call.algebra, q_ref[...], k_ref[...]), leaf)
   p = softmax.probabilities(s, leaves.column(lse_ref[...]))
-  ds = softmax.dscores(p, call.dot(dout_ref[...], v_ref[...], (1, 1)), leaves.column(delta_ref[...]))
+  ds = softmax.dscores(p, call.algebra.nt(dout_ref[...], v_ref[...]), leaves.column(delta_ref[...]))
   if masked:  # statistics and operands of rows past the last query hold anything
     p, ds = (jnp.where(s == -jnp.inf, 0.0, x) for x in (p, ds))
   dqk, dleaf = pull(ds)
   return p, dqk, dleaf
-
-
-def _clean(x: Any, masked: bool) -> Any:
-  return softmax.finite(x) if masked else x
 
 
 def _dq(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.Visits) -> Any:
@@ -81,9 +77,9 @@ def _dq(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.V
     pl.when(first)(functools.partial(_zero, acc_ref))
 
     def step(masked):
-      tiles, k = launch.leaf_tiles(logits, leaf_refs), inputs[1][...]
+      tiles, q, k = launch.leaf_tiles(logits, leaf_refs), inputs[0][...], inputs[1][...]
       _, dqk, _ = _tile_gradients(call, logits, tiles, inputs, where(b, h, n, codes), masked)
-      acc_ref[...] += call.dot(dqk.astype(k.dtype), _clean(k, masked), (1, 0))
+      acc_ref[...] += call.product.dq(call.algebra, dqk, q, k, masked)
 
     launch.by_kind(walk.code(codes, b, kv_head, n), step)
     pl.when(last)(functools.partial(_store, dq_ref, acc_ref))
@@ -117,13 +113,13 @@ def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.
       _zero(dv_acc)
 
     def step(masked):
-      tiles, q, dout = launch.leaf_tiles(logits, leaf_refs), inputs[0][...], inputs[3][...]
+      tiles, (q, k, _, dout) = launch.leaf_tiles(logits, leaf_refs), (ref[...] for ref in inputs[:4])
       p, dqk, _ = _tile_gradients(call, logits, tiles, inputs, where(b, kv_head, n, g, codes), masked)
-      dk_acc[...] += call.dot(dqk.astype(q.dtype), _clean(q, masked), (0, 0))
+      dk_acc[...] += call.product.dk(call.algebra, dqk, q, k, masked)
       if masked and call.queries % call.tiles[0]:  # rows past the last query hold anything
         row = where(b, kv_head, n, g, codes).i * call.tiles[0] + lax.broadcasted_iota(jnp.int32, (call.tiles[0], 1), 0)
         dout = jnp.where(row < call.queries, dout, jnp.zeros_like(dout))
-      dv_acc[...] += call.dot(p.astype(dout.dtype), dout, (0, 0))
+      dv_acc[...] += call.algebra.tn(p.astype(dout.dtype), dout)
 
     launch.by_kind(walk.code(codes, b, kv_head, n), step)
 

@@ -40,9 +40,9 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
       _write(state_refs, softmax.start((rows,), value_width, jnp.float32))
 
     def step(masked):
-      qk = call.dot(q_ref[...], k_ref[...], (1, 1))  # [rows, columns]
+      qk = call.product.scores(call.algebra, q_ref[...], k_ref[...])  # [rows, columns]
       s = call.scores(logits, launch.leaf_tiles(logits, leaf_refs), where(b, h, n, codes), qk, masked)
-      dot = lambda p, v: call.dot(p.astype(v.dtype), v, (1, 0))
+      dot = lambda p, v: call.algebra.nn(p.astype(v.dtype), v)
       weigh = lambda p: softmax.weigh_masked(p, s, v_ref[...], dot) if masked else dot(p, v_ref[...])
       state = softmax.State(m_ref[:, :1], total_ref[:, :1], acc_ref[...])
       _write(state_refs, softmax.accumulate(state, s, weigh))

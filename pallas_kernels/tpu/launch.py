@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import leaves, schedule
+from .. import leaves, products, schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Call:
   queries: int  # T before any filling up to a whole tile
   keys: int
   groups: int  # query heads per kv head
+  product: type  # of a query and a key, one of `products`
   tiles: tuple[int, int]
   interpret: Any
 
@@ -34,6 +35,12 @@ class Call:
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
                            preferred_element_type=jnp.float32)
+
+  @property
+  def algebra(self) -> products.Algebra:
+    return products.Algebra(
+        nt=lambda q, k: self.dot(q, k, (1, 1)), nn=lambda s, k: self.dot(s, k, (1, 0)), tn=lambda s, q: self.dot(s, q, (0, 0)),
+        lay_down=leaves.row, over_rows=lambda s: leaves.column(jnp.sum(s, axis=0, keepdims=True)))
 
   def scores(self, logits: Any, tiles: Any, at: Place, qk: Any, masked: bool) -> Any:
     """The scores of a tile; what lies past the last query or key is masked."""

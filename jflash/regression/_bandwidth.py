@@ -1,0 +1,128 @@
+"""Which bandwidth: criteria of one pass, minimised by their gradient."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import optimize
+
+from .. import _plan
+from . import _api, _check, _moments, _points
+
+CRITERIA = ("loo", "gcv", "aicc")
+SCAN = np.geomspace(0.05, 8.0, 12)  # times Scott's rule, in all coordinates alike: where to start from
+RANGE = 1e-3, 1e3  # times Scott's rule: where to look at all
+
+
+def select_bandwidth(x: Any, y: Any, *, criterion: str = "loo", order: str = "constant", sample_weight: Any = None,
+                     tol: float = 0.0, implementation: str | None = None) -> tuple[Any, float]:
+  r"""The bandwidths `[d]` that minimise a criterion, and its value there.
+
+  Every criterion comes from one pass that leaves each point out of its own fit: with the error r_i of that fit and the leverage
+  H_ii of the point in the fit that includes it, the residual of the latter is (1 - H_ii) r_i, without any cancellation.
+
+      "loo"    mean r²                                                    leave-one-out squared error
+      "gcv"    mean ((1 - H) r)² / (1 - tr H / n)²                        Craven & Wahba 1979
+      "aicc"   log mean ((1 - H) r)² + 1 + 2 (tr H + 1)/(n - tr H - 2)    Hurvich, Simonoff & Tsai 1998
+
+  Without y, minus the mean leave-one-out log density. Weights count observations: one observation is left out at a time.
+
+  The search starts at the best of a few multiples of Scott's rule and follows the gradient (L-BFGS-B over log σ). A coordinate
+  that says nothing about y gets a bandwidth as large as the search allows, which takes it out.
+
+  Args:
+    x, y, order, sample_weight, tol, implementation: as for `kernel_regression`; none may be traced. y is None for a density.
+    criterion: as above; ignored without y.
+
+  Returns:
+    `(bandwidth [d], value)`: NumPy's, in the units of x and of y² (of log y² for "aicc").
+
+  Raises:
+    ValueError: as `kernel_regression`; fewer than two points; no such criterion.
+  """
+  _check.options(order, tol)
+  if criterion not in CRITERIA:
+    raise ValueError(f"`criterion` is {criterion!r}; pass one of {', '.join(map(repr, CRITERIA))}.")
+  points = _points.prepare(x, y, None, 1.0, sample_weight, exclude_self=True, tol=tol)
+  name = "likelihood" if y is None else criterion
+  scott = _scott(points)
+
+  def objective(log_h):
+    value, grad = _value_and_grad(jnp.asarray(log_h, points.x.dtype), points, name, order, float(tol), implementation,
+                                  _plan.context())
+    value, grad = float(value), np.asarray(grad, np.float64)
+    return (value, grad) if np.isfinite(value) and np.isfinite(grad).all() else (1e30, np.zeros_like(grad))
+
+  starts = [np.log(scott * factor) for factor in SCAN]
+  values = [objective(start)[0] for start in starts]
+  bounds = list(zip(np.log(scott * RANGE[0]), np.log(scott * RANGE[1])))
+  options = {"maxiter": 200, "ftol": 1e-14, "gtol": 1e-8}
+  found = optimize.minimize(objective, starts[int(np.argmin(values))], jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+  bandwidth = np.exp(found.x)
+  _points.warn_if_wide(points._replace(bandwidth=bandwidth))
+  return bandwidth, _in_units(name, found.fun, points)
+
+
+def _scott(points: _points.Points) -> Any:
+  """Scott's rule, `[d]`: standard deviations times n^(-1/(d + 4))."""
+  x = np.asarray(points.x, np.float64)
+  weight = np.ones(len(x)) if points.weight is None else np.asarray(points.weight, np.float64)
+  centred = x - np.average(x, axis=0, weights=weight)
+  spread = np.sqrt(np.average(centred**2, axis=0, weights=weight))
+  return np.where(spread > 0, spread, 1.0) * weight.sum() ** (-1 / (x.shape[1] + 4))
+
+
+@functools.partial(jax.jit, static_argnames=("criterion", "order", "tol", "implementation", "context"))
+def _value_and_grad(log_h: Any, points: _points.Points, criterion: str, order: str, tol: float, implementation: str | None,
+                    context: Any) -> tuple[Any, Any]:
+  del context  # what a trace depends on besides its arguments
+
+  def value(log_h):
+    at = points._replace(bandwidth=jnp.exp(log_h))
+    _, found, fitted = _api.fit_points(at, order, True, False, tol, True, implementation)
+    weight = jnp.ones(at.x.shape[0], at.x.dtype) if at.weight is None else at.weight
+    if criterion == "likelihood":
+      return _minus_log_likelihood(at, found.lse[0], weight)
+    return _criterion(criterion, at, fitted, weight)
+
+  return jax.value_and_grad(value)(log_h)
+
+
+def _criterion(criterion: str, points: _points.Points, fitted: Any, weight: Any) -> Any:
+  """The log of "loo" and "gcv", whose minimum is the same, and "aicc"; in y's own scale but for the sum over its columns.
+
+  A point of weight s has leverage s g / (1 + s g) in the fit with itself, g the gain of one observation there.
+  """
+  total = jnp.sum(weight)
+  error = (points.y - fitted.mean) * (points.y_scale / jnp.max(points.y_scale))  # [n, p]
+  shrink = lambda s: jax.nn.sigmoid(-(_moments.log_or_minus_inf(s) + fitted.log_gain))[:, None]  # 1 / (1 + s g)
+  mean_square = lambda e: jnp.sum(weight[:, None] * e**2, axis=0) / total + jnp.finfo(e.dtype).tiny  # [p]
+  if criterion == "loo":
+    return jnp.log(jnp.mean(mean_square(error * shrink(jnp.maximum(weight - 1, 0)))))
+  trace = jnp.sum(1 - shrink(weight))
+  square = mean_square(error * shrink(weight))
+  if criterion == "gcv":
+    return jnp.log(jnp.mean(square)) - 2 * jnp.log1p(-trace / total)
+  left = total - trace - 2
+  return jnp.where(left > 0, jnp.mean(jnp.log(square)) + 1 + 2 * (trace + 1) / jnp.where(left > 0, left, 1), jnp.inf)
+
+
+def _minus_log_likelihood(points: _points.Points, lse: Any, weight: Any) -> Any:
+  """Of each observation under the density of all the others, which at a point of weight s include s - 1 at that very point."""
+  n, d = points.x.shape
+  others = jnp.logaddexp(lse, _moments.log_or_minus_inf(jnp.maximum(weight - 1, 0)))
+  total = jnp.sum(weight)
+  log_volume = jnp.sum(jnp.log(points.bandwidth)) + 0.5 * d * np.log(2 * np.pi)
+  log_density = others - jnp.log(total - jnp.minimum(weight, 1)) - log_volume
+  return -jnp.sum(weight * log_density) / total
+
+
+def _in_units(criterion: str, value: float, points: _points.Points) -> float:
+  unit = float(jnp.max(points.y_scale)) if points.y.shape[1] else 1.0
+  if criterion == "aicc":
+    return value + 2 * np.log(unit)
+  return value if criterion == "likelihood" else float(np.exp(value)) * unit**2

@@ -1,0 +1,93 @@
+r"""One pass of attention over the data: means of values under the kernel's weights, and the sum of those weights.
+
+With u = x_query / σ, k = x / σ and weights s, softmax attention with scores -|u - k|²/2 + log s is the Nadaraya-Watson estimate:
+
+    out = Σ_j w_j v_j,    w_j = s_j exp(-|u - k_j|²/2) / exp(lse),    exp(lse) = Σ_j s_j exp(-|u - k_j|²/2).
+
+In the form q·k it has scale 1/σ², key bias -|k|²/2σ², and no term of the query's norm, which cancels. That form loses the digits
+that |u| and |k| share, so up to `_check.DIRECT` coordinates are subtracted directly (`products.Distance`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import products, schedule
+
+from .. import _autodiff, _backends, _plan, masks
+from .._logits import Logits
+from .._problem import Problem
+from . import _check, _prune
+
+
+class Moments(NamedTuple):
+  """Of m queries, for the kernel itself and, where asked for, for its square (weights w², half the bandwidth's square)."""
+
+  mean: Any  # [kernels, m, E]
+  lse: Any  # [kernels, m], the log of the summed weights
+  visited: Any  # the share of tiles that were computed
+
+
+def moments(queries: Any, keys: Any, values: Any, weight: Any, *, squared: bool, exclude_self: bool, tol: float, same: bool,
+            implementation: str | None) -> Moments:
+  """Attends from `queries [m, d]` to `keys [n, d]`, both in bandwidths, with `values [n, E]` and `weight [n]` (None: ones).
+
+  Args:
+    squared: whether to attend with the squared kernel too.
+    exclude_self: whether query i leaves key i out.
+    tol: the share of each query's weights that may be skipped.
+    same: whether queries and keys are the same points, which then are put in the same order.
+  """
+  m, n = queries.shape[0], keys.shape[0]
+  log_weight = None if weight is None else log_or_minus_inf(weight)
+  mask = ~masks.Window(0, 0) if exclude_self else None
+  back = None
+  if tol:
+    size = _prune.SIDE
+    order = _prune.order(jax.lax.stop_gradient(keys), size)
+    query_order = order if same else _prune.order(jax.lax.stop_gradient(queries), size)
+    keys, values, queries = keys[order], values[order], queries[query_order]
+    log_weight = None if log_weight is None else log_weight[order]
+    table = _prune.kept(*jax.lax.stop_gradient((queries, keys, log_weight)), size, tol, exclude_self)
+    skip = _prune.Kept(table[None, None, None, None], (size, size))
+    mask = skip if mask is None else skip & mask
+    back = jnp.zeros(m, np.int32).at[query_order].set(jnp.arange(m, dtype=np.int32))
+  problem, rest = _problem(queries, keys, values, log_weight, mask, 2 if squared else 1)
+  backend, _ = _backends.select(problem, implementation)
+  plan = backend.plan(problem)
+  visits = _plan.make_schedule(problem, plan)
+  out, lse = _autodiff.attend(backend.name, plan, problem, visits)
+  visited = jnp.mean(jnp.asarray(visits.kinds) != schedule.EMPTY, dtype=lse.dtype)
+  mean, lse = out[0].swapaxes(0, 1), lse[0].T - rest  # [kernels, m, E], [kernels, m]
+  return Moments(mean, lse, visited) if back is None else Moments(mean[:, back], lse[:, back], visited)
+
+
+def log_or_minus_inf(weight: Any) -> Any:
+  """log s; a weight of 0 leaves a point out, and has no derivative."""
+  return jnp.where(weight > 0, jnp.log(jnp.where(weight > 0, weight, 1.0)), -jnp.inf)
+
+
+def _problem(queries: Any, keys: Any, values: Any, log_weight: Any, mask: Any,
+             kernels: int) -> tuple[Problem, Any]:
+  """The attention problem, and what its lse `[kernels, m]` is too large by."""
+  powers = np.arange(1, kernels + 1, dtype=queries.dtype)  # the exponents of the kernel, one a head
+  if queries.shape[1] <= _check.DIRECT:
+    lo, hi = (jax.lax.stop_gradient(f(keys, axis=0)) for f in (jnp.min, jnp.max))
+    foot = jnp.clip(queries, lo, hi)
+    left = queries - foot
+    q, k = jnp.concatenate([foot, left], axis=1), jnp.concatenate([keys, jnp.zeros_like(keys)], axis=1)
+    product, bias, rest = products.Distance, log_weight, jnp.sum(left**2, axis=1) / 2
+  else:
+    q, k, product = queries, keys, products.Dot
+    norm = -jnp.sum(keys**2, axis=1) / 2
+    bias, rest = norm if log_weight is None else norm + log_weight, jnp.sum(queries**2, axis=1) / 2
+  scale = 1.0 if kernels == 1 else jnp.asarray(powers).reshape(1, -1, 1, 1)
+  if bias is not None:
+    bias = bias * powers[None, :, None, None]  # [1, kernels, 1, n]
+  logits = Logits(scale, bias, mask=mask)
+  q = jnp.broadcast_to(q[None, :, None, :], (1, q.shape[0], kernels, q.shape[1]))
+  return Problem(q, k[None, :, None, :], values[None, :, None, :], logits, product), rest * powers[:, None]
