@@ -1,4 +1,4 @@
-"""Scikit-learn estimators on `jflash.kernel_regression` and `jflash.log_density`; needs scikit-learn (`pip install "jflash[sklearn]"`).
+"""Scikit-learn estimators on `jflash.kernel_regression` and `jflash.log_density`; `pip install "jflash[sklearn]"`.
 
 Both find their own bandwidth by leave-one-out, keep the dtype of X (float64 by default, on the CPU), and go through pipelines,
 grid searches and `clone`.

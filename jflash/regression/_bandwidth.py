@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
 
 from .. import _plan
 from . import _api, _check, _moments, _points
@@ -59,6 +58,8 @@ def select_bandwidth(x: Any, y: Any, *, criterion: str = "loo", order: str = "co
 
   starts = [np.log(scott * factor) for factor in SCAN]
   values = [objective(start)[0] for start in starts]
+  from scipy import optimize  # slow to import, and only needed here
+
   bounds = list(zip(np.log(scott * RANGE[0]), np.log(scott * RANGE[1])))
   options = {"maxiter": 200, "ftol": 1e-14, "gtol": 1e-8}
   found = optimize.minimize(objective, starts[int(np.argmin(values))], jac=True, method="L-BFGS-B", bounds=bounds, options=options)

@@ -64,7 +64,8 @@ def _matrix(name: str, a: Any) -> None:
 
 def _exclude_self(n: int, x_query: Any) -> None:
   if n < 2:
-    raise ValueError(f"`exclude_self` leaves each point out of its own fit and `x` has {n} point (n_samples = {n}); pass at least two.")
+    raise ValueError(f"`exclude_self` leaves each point out of its own fit and `x` has {n} point (n_samples = {n}); pass at "
+                     "least two.")
   if x_query is not None and x_query.shape[0] != n:
     raise ValueError(f"`x_query` has {x_query.shape[0]} points and `x` has {n}; with `exclude_self` query i is point i, so pass "
                      "`x` itself, or None.")

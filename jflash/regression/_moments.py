@@ -42,7 +42,7 @@ def moments(queries: Any, keys: Any, values: Any, weight: Any, *, squared: bool,
     tol: the share of each query's weights that may be skipped.
     same: whether queries and keys are the same points, which then are put in the same order.
   """
-  m, n = queries.shape[0], keys.shape[0]
+  m = queries.shape[0]
   log_weight = None if weight is None else log_or_minus_inf(weight)
   mask = ~masks.Window(0, 0) if exclude_self else None
   back = None
