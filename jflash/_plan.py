@@ -101,7 +101,8 @@ def plan_xla(problem: Problem) -> Plan:
   on_cpu = platform() == "cpu"
   length = max(problem.queries, problem.keys)
   side = 512 if length >= 4096 else 256
-  tiles = _forced_tiles.get() or tuple(map(min, _blocks(problem, side), (problem.queries, problem.keys)))
+  blocks = _blocks(problem, side)
+  tiles = _forced_tiles.get() or (min(blocks[0], problem.queries), min(blocks[1], problem.keys))
   lead = _table_lead(problem)
   limit = (1 << 20 if on_cpu else 1 << 28) // (tiles[0] * tiles[1] * problem.groups)
   heads = _divisor(problem.kv_heads, limit) if lead[1] == 1 else 1
@@ -113,8 +114,8 @@ def plan_tpu(problem: Problem) -> Plan:
   """Tiles of up to 512 x 512, in multiples of 128, small enough for the tiles of wide heads to stay on chip."""
   side = 512 if max(problem.width, problem.value_width) <= 256 else 256 if max(problem.width, problem.value_width) <= 512 else 128
   up = lambda n: 128 * math.ceil(n / 128)
-  tiles = _forced_tiles.get() or tuple(min(side, up(block), up(n)) for block, n in zip(
-      _blocks(problem, side), (problem.queries, problem.keys)))
+  blocks = _blocks(problem, side)
+  tiles = _forced_tiles.get() or (min(up(blocks[0]), up(problem.queries)), min(up(blocks[1]), up(problem.keys)))
   return Plan(tiles, (1, 1), False, interpreting())
 
 

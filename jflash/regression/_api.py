@@ -20,8 +20,9 @@ class RegressionStats(NamedTuple):
     variance: `[m]` or `[m, p]`, of y around the fit under the kernel's weights: the conditional variance. For a local line, of
       the residuals of that line.
     log_density: `[m]`, the log of the kernel density estimate of x at the query (without point i where it is left out).
-    leverage: `[m]`, the derivative of the fit at a data point with respect to that point's own y. Queries that are not the
-      data are taken for data points of weight one; with `exclude_self`, it is that of the fit which includes the point.
+    leverage: `[m]`, the weight of a data point's own y in the fit at that point: the diagonal of the hat matrix, also with
+      `exclude_self`, where the fit itself leaves the point out. A query that is not `x` itself is taken for a data point of
+      weight one; above 1, there are no data near it.
     effective_sample_size: `[m]`, 1 / Σ l² for the weights l with which y enters the mean; variance / effective_sample_size is
       the variance of the mean.
     visited: the share of tiles that were computed, 1 where `tol` is 0.
@@ -47,7 +48,7 @@ def kernel_regression(x: Any, y: Any, x_query: Any, bandwidth: Any, *, order: st
     x: `[n, d]`, the data's points. What is known (not traced) is centred in float64 on the host, so a common offset costs no
       digits. Computed in float64 where `jax.enable_x64` is on and x, y or x_query is float64, else in float32.
     y: `[n]` or `[n, p]`, their values.
-    x_query: `[m, d]`, where to estimate; None is at the data's own points.
+    x_query: `[m, d]`, where to estimate; None is `x`.
     bandwidth: σ > 0, the kernel's standard deviation in the units of x: a number, or `[d]`, one a coordinate.
     order: "constant" fits a constant around each query (Nadaraya 1964, Watson 1964), "linear" a plane by weighted least squares,
       which has no bias at borders and slopes (Fan 1993).
@@ -83,7 +84,7 @@ def kernel_regression(x: Any, y: Any, x_query: Any, bandwidth: Any, *, order: st
   y_rank = np.ndim(y)
   points = _points.prepare(x, y, x_query, bandwidth, sample_weight, exclude_self, tol)
   _points.warn_if_wide(points)
-  mean, stats = _regress(points, order, exclude_self, return_stats, float(tol), x_query is None, implementation, _plan.context())
+  mean, stats = _regress(points, order, exclude_self, return_stats, float(tol), _same(x, x_query), implementation, _plan.context())
   if y_rank == 1:
     mean = mean[:, 0]
     stats = stats._replace(variance=stats.variance[:, 0]) if return_stats else None
@@ -108,7 +109,11 @@ def log_density(x: Any, x_query: Any, bandwidth: Any, *, exclude_self: bool = Fa
   _check.options("constant", tol)
   points = _points.prepare(x, None, x_query, bandwidth, sample_weight, exclude_self, tol)
   _points.warn_if_wide(points)
-  return _density(points, exclude_self, float(tol), x_query is None, implementation, _plan.context())
+  return _density(points, exclude_self, float(tol), _same(x, x_query), implementation, _plan.context())
+
+
+def _same(x: Any, x_query: Any) -> bool:
+  return x_query is None or x_query is x
 
 
 _STATIC = ("exclude_self", "tol", "same", "implementation", "context")
@@ -125,7 +130,7 @@ def _regress(points: _points.Points, order: str, exclude_self: bool, stats: bool
   own = points.weight if same or exclude_self else None
   log_own = 0.0 if own is None else _moments.log_or_minus_inf(own)
   leverage = jax.nn.sigmoid(log_own + fitted.log_gain) if exclude_self else jnp.exp(log_own + fitted.log_gain)
-  return mean, RegressionStats(fitted.variance * points.y_scale**2, _log_density(points, found.lse[0], exclude_self), leverage,
+  return mean, RegressionStats(fitted.variance * points.y_scale**2, _log_density(points, found.log_sum, exclude_self), leverage,
                                1 / fitted.square, jax.lax.stop_gradient(found.visited))
 
 
@@ -133,7 +138,7 @@ def _regress(points: _points.Points, order: str, exclude_self: bool, stats: bool
 def _density(points: _points.Points, exclude_self: bool, tol: float, same: bool, implementation: str | None, context: Any) -> Any:
   del context
   _, found, _ = fit_points(points, "constant", exclude_self, False, tol, same, implementation)
-  return _log_density(points, found.lse[0], exclude_self)
+  return _log_density(points, found.log_sum, exclude_self)
 
 
 def fit_points(points: _points.Points, order: str, exclude_self: bool, stats: bool, tol: float, same: bool,
@@ -145,11 +150,11 @@ def fit_points(points: _points.Points, order: str, exclude_self: bool, stats: bo
   return u, found, _fit.fit(order, found, u, points.y.shape[1], stats)
 
 
-def _log_density(points: _points.Points, lse: Any, exclude_self: bool) -> Any:
+def _log_density(points: _points.Points, log_sum: Any, exclude_self: bool) -> Any:
   n, d = points.x.shape
   weight = points.weight
   count = n if weight is None else jnp.sum(weight)
   if exclude_self:
     count = count - (1 if weight is None else weight)
   log_volume = jnp.sum(jnp.log(jnp.broadcast_to(points.bandwidth, (d,)))) + 0.5 * d * np.log(2 * np.pi)
-  return lse - jnp.log(jnp.asarray(count, lse.dtype)) - log_volume
+  return log_sum - jnp.log(jnp.asarray(count, log_sum.dtype)) - log_volume

@@ -87,7 +87,7 @@ def _value_and_grad(log_h: Any, points: _points.Points, criterion: str, order: s
     _, found, fitted = _api.fit_points(at, order, True, False, tol, True, implementation)
     weight = jnp.ones(at.x.shape[0], at.x.dtype) if at.weight is None else at.weight
     if criterion == "likelihood":
-      return _minus_log_likelihood(at, found.lse[0], weight)
+      return _minus_log_likelihood(at, found.log_sum, weight)
     return _criterion(criterion, at, fitted, weight)
 
   return jax.value_and_grad(value)(log_h)
@@ -112,10 +112,10 @@ def _criterion(criterion: str, points: _points.Points, fitted: Any, weight: Any)
   return jnp.where(left > 0, jnp.mean(jnp.log(square)) + 1 + 2 * (trace + 1) / jnp.where(left > 0, left, 1), jnp.inf)
 
 
-def _minus_log_likelihood(points: _points.Points, lse: Any, weight: Any) -> Any:
+def _minus_log_likelihood(points: _points.Points, log_sum: Any, weight: Any) -> Any:
   """Of each observation under the density of all the others, which at a point of weight s include s - 1 at that very point."""
   n, d = points.x.shape
-  others = jnp.logaddexp(lse, _moments.log_or_minus_inf(jnp.maximum(weight - 1, 0)))
+  others = jnp.logaddexp(log_sum, _moments.log_or_minus_inf(jnp.maximum(weight - 1, 0)))
   total = jnp.sum(weight)
   log_volume = jnp.sum(jnp.log(points.bandwidth)) + 0.5 * d * np.log(2 * np.pi)
   log_density = others - jnp.log(total - jnp.minimum(weight, 1)) - log_volume

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import core
 
 DIRECT = 8  # up to so many coordinates, points are subtracted one coordinate at a time
 ORDERS = ("constant", "linear")
@@ -14,7 +15,7 @@ ORDERS = ("constant", "linear")
 def options(order: str, tol: Any) -> None:
   if order not in ORDERS:
     raise ValueError(f"`order` is {order!r}; pass one of {', '.join(map(repr, ORDERS))}.")
-  if isinstance(tol, jax.core.Tracer) or not isinstance(tol, (int, float, np.number)) or not 0 <= tol < 1:
+  if isinstance(tol, core.Tracer) or not isinstance(tol, (int, float, np.number)) or not 0 <= tol < 1:
     raise ValueError(f"`tol` is {tol!r}; pass a number from 0 (nothing is skipped) to below 1.")
 
 
@@ -23,7 +24,7 @@ def points(x: Any, y: Any, x_query: Any, width: Any, sample_weight: Any, exclude
   named = {"x": x, "y": y, "x_query": x_query, "bandwidth": width, "sample_weight": sample_weight}
   named = {name: a for name, a in named.items() if a is not None}
   for name, a in named.items():
-    if not (np.issubdtype(a.dtype, np.integer) or np.issubdtype(a.dtype, np.floating) or a.dtype in (np.bool_, jax.numpy.bfloat16)):
+    if not (np.issubdtype(a.dtype, np.integer) or np.issubdtype(a.dtype, np.floating) or a.dtype in (np.bool_, jnp.bfloat16)):
       raise ValueError(f"`{name}` has dtype {a.dtype}; pass real numbers.")
   _matrix("x", x)
   n, d = x.shape
@@ -72,7 +73,7 @@ def _exclude_self(n: int, x_query: Any) -> None:
 
 
 def _values(name: str, a: Any) -> None:
-  if isinstance(a, jax.core.Tracer):
+  if isinstance(a, core.Tracer):
     return
   a = np.asarray(a)
   if not np.isfinite(a.astype(np.float64)).all():

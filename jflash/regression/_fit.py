@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,9 +40,9 @@ def fit(order: str, found: Moments, u: Any, p: int, stats: bool) -> Fit:
 def _constant(found: Moments, u: Any, p: int, stats: bool) -> Fit:
   mean = found.mean[0][:, :p]
   if not stats:
-    return Fit(mean, None, -found.lse[0], None)
+    return Fit(mean, None, -found.log_sum, None)
   variance = jnp.maximum(found.mean[0][:, p:2 * p] - mean**2, 0)
-  return Fit(mean, variance, -found.lse[0], jnp.exp(found.lse[1] - 2 * found.lse[0]))
+  return Fit(mean, variance, -found.log_sum, jnp.exp(found.log_square))
 
 
 def _linear(found: Moments, u: Any, p: int, stats: bool) -> Fit:
@@ -55,11 +57,11 @@ def _linear(found: Moments, u: Any, p: int, stats: bool) -> Fit:
   y, k, kk, ky = _split(found.mean[0], p, d)
   cov = kk - k[:, :, None] * k[:, None, :]  # [m, d, d]
   cov_y = ky - k[:, :, None] * y[:, None, :]  # [m, d, p]
-  inverse = _pseudo_inverse(cov, kk)
+  inverse = _slopes(cov, kk)
   away = u - k
   a = jnp.einsum("mij,mj->mi", inverse, away)
   mean = y + jnp.einsum("mip,mi->mp", cov_y, a)
-  log_gain = jnp.log1p(jnp.maximum(jnp.sum(a * away, axis=1), 0)) - found.lse[0]
+  log_gain = jnp.log1p(jnp.maximum(jnp.sum(a * away, axis=1), 0)) - found.log_sum
   if not stats:
     return Fit(mean, None, log_gain, None)
   explained = jnp.einsum("mip,mij,mjp->mp", cov_y, inverse, cov_y)
@@ -69,7 +71,7 @@ def _linear(found: Moments, u: Any, p: int, stats: bool) -> Fit:
   shift = k2 - k
   second = kk2 - k2[:, :, None] * k[:, None, :] - k[:, :, None] * k2[:, None, :] + k[:, :, None] * k[:, None, :]
   grown = 1 + 2 * jnp.sum(a * shift, axis=1) + jnp.einsum("mi,mij,mj->m", a, second, a)
-  return Fit(mean, variance, log_gain, jnp.exp(found.lse[1] - 2 * found.lse[0]) * jnp.maximum(grown, 0))
+  return Fit(mean, variance, log_gain, jnp.exp(found.log_square) * jnp.maximum(grown, 0))
 
 
 def _split(mean: Any, p: int, d: int) -> tuple[Any, Any, Any, Any]:
@@ -82,9 +84,27 @@ def _split(mean: Any, p: int, d: int) -> tuple[Any, Any, Any, Any]:
   return y, k, upper[:, place], ky.reshape(-1, d, p)
 
 
-def _pseudo_inverse(cov: Any, second: Any) -> Any:
+def _slopes(cov: Any, second: Any) -> Any:
   """C⁺ `[m, d, d]`, where what is below the rounding of E k kᵀ counts as 0."""
   eps = jnp.finfo(cov.dtype).eps
   rounding = 16 * eps * jnp.max(jnp.diagonal(second, axis1=1, axis2=2), axis=1)
-  largest = jnp.trace(cov, axis1=1, axis2=2)  # at least the largest eigenvalue
-  return jnp.linalg.pinv(cov, rtol=rounding / jnp.maximum(largest, rounding), hermitian=True)
+  return _pseudo_inverse(cov, jax.lax.stop_gradient(rounding))
+
+
+@jax.custom_jvp
+def _pseudo_inverse(a: Any, least: Any) -> Any:
+  """A⁺ of symmetric `[m, d, d]`, eigenvalues up to `least [m]` counting as 0 (`jnp.linalg.pinv` cannot trace such a bound)."""
+  values, vectors = jnp.linalg.eigh(a)
+  kept = values > least[:, None]
+  inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+  return jnp.einsum("mik,mk,mjk->mij", vectors, inverse, vectors, precision=jax.lax.Precision.HIGHEST)
+
+
+@_pseudo_inverse.defjvp
+def _pseudo_inverse_jvp(primals, tangents):
+  """dA⁺ = -A⁺ dA A⁺ + X + Xᵀ with X = A⁺ A⁺ dA (1 - A A⁺), where the rank stays (Golub & Pereyra 1973)."""
+  (a, least), (da, _) = primals, tangents
+  inverse = _pseudo_inverse(a, least)
+  dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  x = dot(dot(dot(inverse, inverse), da), jnp.eye(a.shape[-1], dtype=a.dtype) - dot(a, inverse))
+  return inverse, x + x.swapaxes(1, 2) - dot(dot(inverse, da), inverse)

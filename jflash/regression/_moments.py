@@ -28,7 +28,8 @@ class Moments(NamedTuple):
   """Of m queries, for the kernel itself and, where asked for, for its square (weights w², half the bandwidth's square)."""
 
   mean: Any  # [kernels, m, E]
-  lse: Any  # [kernels, m], the log of the summed weights
+  log_sum: Any  # [m], log Σ s exp(-|u - k|²/2)
+  log_square: Any  # [m], log Σ w², w the weights that sum to one; None if it was not asked for
   visited: Any  # the share of tiles that were computed
 
 
@@ -62,8 +63,10 @@ def moments(queries: Any, keys: Any, values: Any, weight: Any, *, squared: bool,
   visits = _plan.make_schedule(problem, plan)
   out, lse = _autodiff.attend(backend.name, plan, problem, visits)
   visited = jnp.mean(jnp.asarray(visits.kinds) != schedule.EMPTY, dtype=lse.dtype)
-  mean, lse = out[0].swapaxes(0, 1), lse[0].T - rest  # [kernels, m, E], [kernels, m]
-  return Moments(mean, lse, visited) if back is None else Moments(mean[:, back], lse[:, back], visited)
+  mean, lse = out[0].swapaxes(0, 1), lse[0].T  # [kernels, m, E], [kernels, m]
+  if back is not None:
+    mean, lse, rest = mean[:, back], lse[:, back], rest[back]
+  return Moments(mean, lse[0] - rest, lse[1] - 2 * lse[0] if squared else None, visited)
 
 
 def log_or_minus_inf(weight: Any) -> Any:
@@ -73,7 +76,7 @@ def log_or_minus_inf(weight: Any) -> Any:
 
 def _problem(queries: Any, keys: Any, values: Any, log_weight: Any, mask: Any,
              kernels: int) -> tuple[Problem, Any]:
-  """The attention problem, and what its lse `[kernels, m]` is too large by."""
+  """The attention problem, and what the kernel's lse `[m]` is too large by."""
   powers = np.arange(1, kernels + 1, dtype=queries.dtype)  # the exponents of the kernel, one a head
   if queries.shape[1] <= _check.DIRECT:
     lo, hi = (jax.lax.stop_gradient(f(keys, axis=0)) for f in (jnp.min, jnp.max))
@@ -90,4 +93,4 @@ def _problem(queries: Any, keys: Any, values: Any, log_weight: Any, mask: Any,
     bias = bias * powers[None, :, None, None]  # [1, kernels, 1, n]
   logits = Logits(scale, bias, mask=mask)
   q = jnp.broadcast_to(q[None, :, None, :], (1, q.shape[0], kernels, q.shape[1]))
-  return Problem(q, k[None, :, None, :], values[None, :, None, :], logits, product), rest * powers[:, None]
+  return Problem(q, k[None, :, None, :], values[None, :, None, :], logits, product), rest

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 
 from . import _check
 
@@ -40,12 +41,12 @@ def prepare(x: Any, y: Any, x_query: Any, bandwidth: Any, sample_weight: Any, ex
   if y is None:
     y = np.zeros((x.shape[0], 0), dtype)
   y = y[:, None] if y.ndim == 1 else y
-  shift = _middle(x, dtype)
-  y_shift = _middle(y, dtype)
-  y = _less(y, y_shift, dtype)
+  shift, y_shift = _shift(x, dtype), _shift(y, dtype)
+  y = y_shift.subtract_from(y, dtype)
   y_scale = _largest(y)
-  points = Points(_less(x, shift, dtype), y / y_scale, None if x_query is None else _less(x_query, shift, dtype), to(bandwidth),
-                  to(sample_weight), to(y_shift), to(y_scale))
+  points = Points(shift.subtract_from(x, dtype), y / y_scale,
+                  None if x_query is None else shift.subtract_from(x_query, dtype), to(bandwidth),
+                  to(sample_weight), to(y_shift.total), to(y_scale))
   if x_query is None:
     points = points._replace(queries=points.x)
   return jax.tree.map(jnp.asarray, points)
@@ -53,7 +54,7 @@ def prepare(x: Any, y: Any, x_query: Any, bandwidth: Any, sample_weight: Any, ex
 
 def is_known(*arrays: Any) -> bool:
   """Whether values can be looked at: not while JAX traces them."""
-  return not any(isinstance(a, jax.core.Tracer) for a in arrays)
+  return not any(isinstance(a, core.Tracer) for a in arrays)
 
 
 def _as_array(a: Any) -> Any:
@@ -66,18 +67,34 @@ def _dtype(*arrays: Any) -> Any:
   return np.dtype(np.float64 if wide and jax.config.jax_enable_x64 else np.float32)  # type: ignore[attr-defined]
 
 
-def _middle(a: Any, dtype: Any) -> Any:
-  """About the mean of each column, as a number of `dtype`: any such vector will do, if it is the same one everywhere."""
+class Shift(NamedTuple):
+  """A vector to subtract, in two steps: a point of the data, then the mean of what is left (or 0).
+
+  Any vector will do if it is the same everywhere, to the last digit. A compiled mean may be summed twice, in two orders, so what
+  is large must not be computed.
+  """
+
+  point: Any
+  mean: Any
+
+  def subtract_from(self, a: Any, dtype: Any) -> Any:
+    """On the host in float64 where `a` is known, so that a common offset costs no digit."""
+    if is_known(a, *self):
+      return (np.asarray(a, np.float64) - self.point - self.mean).astype(dtype)
+    return a.astype(dtype) - self.point - self.mean
+
+  @property
+  def total(self) -> Any:
+    return self.point + self.mean
+
+
+def _shift(a: Any, dtype: Any) -> Shift:
+  """What centres the columns of `a`."""
   if is_known(a):
-    return np.asarray(a).mean(axis=0, dtype=np.float64).astype(dtype)
-  return jax.lax.stop_gradient(a.astype(dtype).mean(axis=0))
-
-
-def _less(a: Any, shift: Any, dtype: Any) -> Any:
-  """a - shift; on the host in float64 where `a` is known, so that a common offset costs no digit."""
-  if is_known(a, shift):
-    return (np.asarray(a, np.float64) - shift).astype(dtype)
-  return a.astype(dtype) - shift
+    mean = np.asarray(a).mean(axis=0, dtype=np.float64).astype(dtype)
+    return Shift(mean, np.zeros_like(mean))
+  a = jax.lax.stop_gradient(a.astype(dtype))
+  return Shift(a[0], jnp.mean(a - a[0], axis=0))
 
 
 def _largest(y: Any) -> Any:
