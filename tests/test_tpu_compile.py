@@ -117,6 +117,39 @@ def test_sizes_of_one_compile(chip):
   assert count == 3
 
 
+# name: (coordinates, more options, how many kernels forward and backward make)
+REGRESSIONS = {
+    "subtracted": (2, {}, 3),
+    "multiplied": (9, {"sample_weight": None}, 4),
+    "skipping": (3, {"tol": 1e-3, "exclude_self": True}, None),  # JAX cannot print what libtpu makes of its sorts
+}
+
+
+def compile_regression(chip, coordinates, options):
+  def loss(x, y, weight):
+    given = options | ({"sample_weight": weight} if "sample_weight" in options else {})
+    parts = jflash.kernel_regression(x, y, None, 0.3, implementation="tpu", **given)
+    return sum(part.sum() for part in jax.tree.leaves(parts))
+
+  struct = lambda *shape: jax.ShapeDtypeStruct(shape, F32)
+  return compile_for(chip, jax.value_and_grad(loss, (0, 1, 2)), struct(1000, coordinates), struct(1000), struct(1000))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("regression", REGRESSIONS)
+def test_kernel_regression_compiles(chip, regression):
+  coordinates, options, kernels = REGRESSIONS[regression]
+  compiled = compile_regression(chip, coordinates, options)
+  assert kernels is None or compiled.as_text().count('custom_call_target="tpu_custom_call"') == kernels
+
+
+@pytest.mark.slow
+def test_local_lines_compile_with_everything():
+  """For one chip, as the eigenvalues of the local covariances take the compiler most of a minute."""
+  compiled = compile_regression("v5e", 8, {"order": "linear", "exclude_self": True, "return_stats": True})
+  assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+
+
 @pytest.mark.parametrize("length", [16384, 65536, 131072])
 def test_memory_is_linear_on_a_tpu(length):
   """Outside the kernels: six arrays of the size of q with heads leading (its 64 columns lie on 128 lanes), and row statistics."""

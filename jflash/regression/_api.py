@@ -130,7 +130,7 @@ def _regress(points: _points.Points, order: str, exclude_self: bool, stats: bool
   own = points.weight if same or exclude_self else None
   log_own = 0.0 if own is None else _moments.log_or_minus_inf(own)
   leverage = jax.nn.sigmoid(log_own + fitted.log_gain) if exclude_self else jnp.exp(log_own + fitted.log_gain)
-  return mean, RegressionStats(fitted.variance * points.y_scale**2, _log_density(points, found.log_sum, exclude_self), leverage,
+  return mean, RegressionStats(fitted.variance * points.y_scale**2, log_density_of(points, found.log_sum, exclude_self), leverage,
                                1 / fitted.square, jax.lax.stop_gradient(found.visited))
 
 
@@ -138,7 +138,7 @@ def _regress(points: _points.Points, order: str, exclude_self: bool, stats: bool
 def _density(points: _points.Points, exclude_self: bool, tol: float, same: bool, implementation: str | None, context: Any) -> Any:
   del context
   _, found, _ = fit_points(points, "constant", exclude_self, False, tol, same, implementation)
-  return _log_density(points, found.log_sum, exclude_self)
+  return log_density_of(points, found.log_sum, exclude_self)
 
 
 def fit_points(points: _points.Points, order: str, exclude_self: bool, stats: bool, tol: float, same: bool,
@@ -150,7 +150,8 @@ def fit_points(points: _points.Points, order: str, exclude_self: bool, stats: bo
   return u, found, _fit.fit(order, found, u, points.y.shape[1], stats)
 
 
-def _log_density(points: _points.Points, log_sum: Any, exclude_self: bool) -> Any:
+def log_density_of(points: _points.Points, log_sum: Any, exclude_self: bool) -> Any:
+  """From summed weights `[m]`, which `exclude_self` says are without point i, to log densities."""
   n, d = points.x.shape
   weight = points.weight
   count = n if weight is None else jnp.sum(weight)

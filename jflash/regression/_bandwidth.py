@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _plan
-from . import _api, _check, _moments, _points
+from . import _api, _check, _points
 
 CRITERIA = ("loo", "gcv", "aicc")
 SCAN = np.geomspace(0.05, 8.0, 12)  # times Scott's rule, in all coordinates alike: where to start from
@@ -28,7 +28,8 @@ def select_bandwidth(x: Any, y: Any, *, criterion: str = "loo", order: str = "co
       "gcv"    mean ((1 - H) r)² / (1 - tr H / n)²                        Craven & Wahba 1979
       "aicc"   log mean ((1 - H) r)² + 1 + 2 (tr H + 1)/(n - tr H - 2)    Hurvich, Simonoff & Tsai 1998
 
-  Without y, minus the mean leave-one-out log density. Weights count observations: one observation is left out at a time.
+  Without y, minus the mean leave-one-out log density. Means are weighted, n is the number of points. Rows that are equal in x and y
+  are one point that carries their weight, so that no copy of a point vouches for it.
 
   The search starts at the best of a few multiples of Scott's rule and follows the gradient (L-BFGS-B over log σ). A coordinate
   that says nothing about y gets a bandwidth as large as the search allows, which takes it out.
@@ -41,12 +42,12 @@ def select_bandwidth(x: Any, y: Any, *, criterion: str = "loo", order: str = "co
     `(bandwidth [d], value)`: NumPy's, in the units of x and of y² (of log y² for "aicc").
 
   Raises:
-    ValueError: as `kernel_regression`; fewer than two points; no such criterion.
+    ValueError: as `kernel_regression`; fewer than two different points; no such criterion.
   """
   _check.options(order, tol)
   if criterion not in CRITERIA:
     raise ValueError(f"`criterion` is {criterion!r}; pass one of {', '.join(map(repr, CRITERIA))}.")
-  points = _points.prepare(x, y, None, 1.0, sample_weight, exclude_self=True, tol=tol)
+  points = _points.prepare(*_distinct(x, y, sample_weight), exclude_self=True, tol=tol)
   name = "likelihood" if y is None else criterion
   scott = _scott(points)
 
@@ -68,13 +69,31 @@ def select_bandwidth(x: Any, y: Any, *, criterion: str = "loo", order: str = "co
   return bandwidth, _in_units(name, found.fun, points)
 
 
+def _distinct(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, None, float, Any]:
+  """x, y and weight with equal rows merged and without rows of no weight, as the arguments of `prepare`."""
+  _points.prepare(x, y, None, 1.0, sample_weight, exclude_self=True, tol=0.0)  # errors in the terms of what was passed
+  x, y = np.asarray(x), None if y is None else np.asarray(y)
+  weight = np.ones(len(x)) if sample_weight is None else np.asarray(sample_weight, np.float64)
+  rows = x if y is None else np.column_stack([x, y])
+  _, first, number = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+  weight = np.bincount(number.ravel(), weight, len(first))
+  first, weight = first[weight > 0], weight[weight > 0]
+  if len(first) < 2:
+    raise ValueError(f"`x` has {len(x)} points (n_samples = {len(x)}), of which {len(first)} is different from the others and has "
+                     "a weight; a bandwidth is found from at least two.")
+  order = np.argsort(first)
+  first, weight = first[order], weight[order]
+  equal = (weight == weight[0]).all()
+  return x[first], None if y is None else y[first], None, 1.0, None if equal else weight / weight.mean()
+
+
 def _scott(points: _points.Points) -> Any:
   """Scott's rule, `[d]`: standard deviations times n^(-1/(d + 4))."""
   x = np.asarray(points.x, np.float64)
-  weight = np.ones(len(x)) if points.weight is None else np.asarray(points.weight, np.float64)
+  weight = None if points.weight is None else np.asarray(points.weight, np.float64)
   centred = x - np.average(x, axis=0, weights=weight)
   spread = np.sqrt(np.average(centred**2, axis=0, weights=weight))
-  return np.where(spread > 0, spread, 1.0) * weight.sum() ** (-1 / (x.shape[1] + 4))
+  return np.where(spread > 0, spread, 1.0) * len(x) ** (-1 / (x.shape[1] + 4))
 
 
 @functools.partial(jax.jit, static_argnames=("criterion", "order", "tol", "implementation", "context"))
@@ -87,7 +106,7 @@ def _value_and_grad(log_h: Any, points: _points.Points, criterion: str, order: s
     _, found, fitted = _api.fit_points(at, order, True, False, tol, True, implementation)
     weight = jnp.ones(at.x.shape[0], at.x.dtype) if at.weight is None else at.weight
     if criterion == "likelihood":
-      return _minus_log_likelihood(at, found.log_sum, weight)
+      return -jnp.average(_api.log_density_of(at, found.log_sum, exclude_self=True), weights=weight)
     return _criterion(criterion, at, fitted, weight)
 
   return jax.value_and_grad(value)(log_h)
@@ -96,30 +115,19 @@ def _value_and_grad(log_h: Any, points: _points.Points, criterion: str, order: s
 def _criterion(criterion: str, points: _points.Points, fitted: Any, weight: Any) -> Any:
   """The log of "loo" and "gcv", whose minimum is the same, and "aicc"; in y's own scale but for the sum over its columns.
 
-  A point of weight s has leverage s g / (1 + s g) in the fit with itself, g the gain of one observation there.
+  A point of weight s has leverage H = s g / (1 + s g) in the fit with itself, g the gain of one observation there.
   """
-  total = jnp.sum(weight)
+  n = len(weight)
   error = (points.y - fitted.mean) * (points.y_scale / jnp.max(points.y_scale))  # [n, p]
-  shrink = lambda s: jax.nn.sigmoid(-(_moments.log_or_minus_inf(s) + fitted.log_gain))[:, None]  # 1 / (1 + s g)
-  mean_square = lambda e: jnp.sum(weight[:, None] * e**2, axis=0) / total + jnp.finfo(e.dtype).tiny  # [p]
+  mean_square = lambda e: jnp.average(e**2, axis=0, weights=weight) + jnp.finfo(e.dtype).tiny  # [p]
   if criterion == "loo":
-    return jnp.log(jnp.mean(mean_square(error * shrink(jnp.maximum(weight - 1, 0)))))
-  trace = jnp.sum(1 - shrink(weight))
-  square = mean_square(error * shrink(weight))
+    return jnp.log(jnp.mean(mean_square(error)))
+  rest = jax.nn.sigmoid(-jnp.log(weight) - fitted.log_gain)  # 1 - H
+  square, left = mean_square(error * rest[:, None]), jnp.sum(rest)  # n - tr H
   if criterion == "gcv":
-    return jnp.log(jnp.mean(square)) - 2 * jnp.log1p(-trace / total)
-  left = total - trace - 2
+    return jnp.log(jnp.mean(square)) - 2 * jnp.log(left / n)
+  trace, left = n - left, left - 2
   return jnp.where(left > 0, jnp.mean(jnp.log(square)) + 1 + 2 * (trace + 1) / jnp.where(left > 0, left, 1), jnp.inf)
-
-
-def _minus_log_likelihood(points: _points.Points, log_sum: Any, weight: Any) -> Any:
-  """Of each observation under the density of all the others, which at a point of weight s include s - 1 at that very point."""
-  n, d = points.x.shape
-  others = jnp.logaddexp(log_sum, _moments.log_or_minus_inf(jnp.maximum(weight - 1, 0)))
-  total = jnp.sum(weight)
-  log_volume = jnp.sum(jnp.log(points.bandwidth)) + 0.5 * d * np.log(2 * np.pi)
-  log_density = others - jnp.log(total - jnp.minimum(weight, 1)) - log_volume
-  return -jnp.sum(weight * log_density) / total
 
 
 def _in_units(criterion: str, value: float, points: _points.Points) -> float:
