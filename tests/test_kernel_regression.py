@@ -128,12 +128,9 @@ def objective(arguments, order, exclude_self, implementation):
   return sum((n + 1) * jnp.vdot(waves, part) for n, part in enumerate(each))
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("exclude_self", [False, True])
-@pytest.mark.parametrize("d", [2, 9])
+@pytest.mark.parametrize("order,d", [("constant", 2), ("linear", 2), ("constant", 9)])  # 40 points make no plane in 9 dimensions
 def test_gradients_against_finite_differences(order, exclude_self, d):
-  if order == "linear" and d == 9:
-    pytest.skip("40 points make no plane in 9 dimensions")
   with jax.enable_x64(True), using("xla"):
     arguments = {name: jnp.asarray(a) for name, a in everything(d).items()}
     f = jax.jit(functools.partial(objective, order=order, exclude_self=exclude_self, implementation="xla"))
@@ -150,12 +147,8 @@ def test_gradients_against_finite_differences(order, exclude_self, d):
     np.testing.assert_allclose(moved, sum(g.sum() for g in grads.values()), rtol=1e-8)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("exclude_self", [False, True])
-@pytest.mark.parametrize("d", [2, 9])
+@pytest.mark.parametrize("order,exclude_self,d", [("constant", False, 2), ("linear", True, 2), ("constant", True, 9)])
 def test_the_kernels_have_the_gradients_of_plain_jax(order, exclude_self, d):
-  if order == "linear" and d == 9:
-    pytest.skip("40 points make no plane in 9 dimensions")
   arguments = everything(d)
   take = lambda backend: jax.grad(functools.partial(objective, order=order, exclude_self=exclude_self, implementation=backend))
   with jax.enable_x64(True), using("xla"):
@@ -219,11 +212,8 @@ def test_an_isolated_point_can_be_left_out(backend, order):
   assert stats.leverage[7] == 1 and all(np.isfinite(part).all() for part in stats)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("d", [2, 9])
+@pytest.mark.parametrize("order,d", [("constant", 2), ("linear", 2), ("constant", 9)])
 def test_a_common_offset_costs_no_digits(d, order):
-  if order == "linear" and d == 9:
-    pytest.skip("no plane through points that far apart")
   x, y, queries, _ = data(500, d)
   bandwidth = 0.05 if d == 2 else 0.5
   want = regress(x, y, queries, bandwidth, order).mean
@@ -309,8 +299,7 @@ def test_order_is_a_permutation_into_compact_tiles():
 
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("case", ["uniform", "clusters", "weights", "outliers"])
-@pytest.mark.parametrize("tol", [1e-2, 1e-4])
-def test_what_is_skipped_weighs_less_than_tol(case, exclude_self, tol):
+def test_what_is_skipped_weighs_less_than_tol(case, exclude_self):
   rng = np.random.default_rng(3)
   n = 1300 + 17
   x = rng.uniform(size=(n, 2)) if case != "clusters" else rng.normal(size=(n, 2)) * 0.02 + rng.integers(0, 4, (n, 1))
@@ -321,14 +310,16 @@ def test_what_is_skipped_weighs_less_than_tol(case, exclude_self, tol):
   y = rng.normal(size=n)
   arguments = {"exclude_self": exclude_self, "sample_weight": weight}
   with jax.enable_x64(True):
-    exact, without = jflash.kernel_regression(x, y, queries, 0.03, return_stats=True, **arguments)
-    got, stats = jflash.kernel_regression(x, y, queries, 0.03, return_stats=True, tol=tol, **arguments)
-    got, exact, stats, without = jax.tree.map(np.asarray, (got, exact, stats, without))
-  kept = np.exp(stats.log_density - without.log_density)
-  assert stats.visited < (0.75 if exclude_self else 1) and without.visited == 1
-  assert kept.max() <= 1 + 1e-9 and kept.min() >= 1 - tol
-  np.testing.assert_allclose(got, exact, atol=tol * np.ptp(y))
-  assert (kept < 1).any(), "something was skipped that weighs something"
+    fits = {tol: jax.tree.map(np.asarray, jflash.kernel_regression(x, y, queries, 0.03, return_stats=True, tol=tol, **arguments))
+            for tol in (0, 1e-2, 1e-4)}
+  exact, without = fits.pop(0)
+  assert without.visited == 1
+  for tol, (mean, stats) in fits.items():
+    kept = np.exp(stats.log_density - without.log_density)
+    assert stats.visited < (0.75 if exclude_self else 1)
+    assert kept.max() <= 1 + 1e-9 and kept.min() >= 1 - tol
+    np.testing.assert_allclose(mean, exact, atol=tol * np.ptp(y))
+    assert (kept < 1).any(), "something was skipped that weighs something"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -356,7 +347,8 @@ def test_memory_grows_with_n_and_not_its_square():
     x, y = jax.ShapeDtypeStruct((n, 2), "float32"), jax.ShapeDtypeStruct((n,), "float32")
     loss = lambda x, y: jnp.sum(jflash.kernel_regression(x, y, None, 0.1, exclude_self=True, tol=1e-3) ** 2)
     return jax.jit(jax.grad(loss, (0, 1))).lower(x, y).compile().memory_analysis().temp_size_in_bytes
-  assert temporary(32768) < 60e6 and temporary(32768) < 2.5 * temporary(16384), "all pairs take 4 GiB"
+  small, large = temporary(16384), temporary(32768)
+  assert large < 60e6 and large < 2.5 * small, "all pairs take 4 GiB"
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -132,7 +132,8 @@ def compile_regression(chip, coordinates, options):
     return sum(part.sum() for part in jax.tree.leaves(parts))
 
   struct = lambda *shape: jax.ShapeDtypeStruct(shape, F32)
-  return compile_for(chip, jax.value_and_grad(loss, (0, 1, 2)), struct(1000, coordinates), struct(1000), struct(1000))
+  with _plan.force_tiles(256, 256):
+    return compile_for(chip, jax.value_and_grad(loss, (0, 1, 2)), struct(1000, coordinates), struct(1000), struct(1000))
 
 
 @pytest.mark.parametrize("chip", CHIPS)

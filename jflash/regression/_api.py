@@ -84,7 +84,8 @@ def kernel_regression(x: Any, y: Any, x_query: Any, bandwidth: Any, *, order: st
   y_rank = np.ndim(y)
   points = _points.prepare(x, y, x_query, bandwidth, sample_weight, exclude_self, tol)
   _points.warn_if_wide(points)
-  mean, stats = _regress(points, order, exclude_self, return_stats, float(tol), _same(x, x_query), implementation, _plan.context())
+  mean, stats = _regress(points, _points.Request(order, exclude_self, _same(x, x_query, exclude_self), return_stats, implementation,
+                                                 _plan.context()))
   if y_rank == 1:
     mean = mean[:, 0]
     stats = stats._replace(variance=stats.variance[:, 0]) if return_stats else None
@@ -109,45 +110,39 @@ def log_density(x: Any, x_query: Any, bandwidth: Any, *, exclude_self: bool = Fa
   _check.options("constant", tol)
   points = _points.prepare(x, None, x_query, bandwidth, sample_weight, exclude_self, tol)
   _points.warn_if_wide(points)
-  return _density(points, exclude_self, float(tol), _same(x, x_query), implementation, _plan.context())
+  return _density(points, _points.Request("constant", exclude_self, _same(x, x_query, exclude_self), False, implementation,
+                                          _plan.context()))
 
 
-def _same(x: Any, x_query: Any) -> bool:
-  return x_query is None or x_query is x
+def _same(x: Any, x_query: Any, exclude_self: bool) -> bool:
+  return x_query is None or x_query is x or exclude_self
 
 
-_STATIC = ("exclude_self", "tol", "same", "implementation", "context")
-
-
-@functools.partial(jax.jit, static_argnames=("order", "stats", *_STATIC))
-def _regress(points: _points.Points, order: str, exclude_self: bool, stats: bool, tol: float, same: bool,
-             implementation: str | None, context: Any) -> tuple[Any, RegressionStats | None]:
-  del context  # what a trace depends on besides its arguments
-  _, found, fitted = fit_points(points, order, exclude_self, stats, tol, same, implementation)
+@functools.partial(jax.jit, static_argnames="request")
+def _regress(points: _points.Points, request: _points.Request) -> tuple[Any, RegressionStats | None]:
+  found, fitted = fit_points(points, request)
   mean = fitted.mean * points.y_scale + points.y_shift
-  if not stats:
+  if not request.stats:
     return mean, None
-  own = points.weight if same or exclude_self else None
+  own = points.weight if request.same else None
   log_own = 0.0 if own is None else _moments.log_or_minus_inf(own)
-  leverage = jax.nn.sigmoid(log_own + fitted.log_gain) if exclude_self else jnp.exp(log_own + fitted.log_gain)
-  return mean, RegressionStats(fitted.variance * points.y_scale**2, log_density_of(points, found.log_sum, exclude_self), leverage,
-                               1 / fitted.square, jax.lax.stop_gradient(found.visited))
+  leverage = jax.nn.sigmoid if request.exclude_self else jnp.exp  # from the gain of a point without, or with itself
+  return mean, RegressionStats(fitted.variance * points.y_scale**2, log_density_of(points, found.log_sum, request.exclude_self),
+                               leverage(log_own + fitted.log_gain), 1 / fitted.square, jax.lax.stop_gradient(found.visited))
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _density(points: _points.Points, exclude_self: bool, tol: float, same: bool, implementation: str | None, context: Any) -> Any:
-  del context
-  _, found, _ = fit_points(points, "constant", exclude_self, False, tol, same, implementation)
-  return log_density_of(points, found.log_sum, exclude_self)
+@functools.partial(jax.jit, static_argnames="request")
+def _density(points: _points.Points, request: _points.Request) -> Any:
+  found, _ = fit_points(points, request)
+  return log_density_of(points, found.log_sum, request.exclude_self)
 
 
-def fit_points(points: _points.Points, order: str, exclude_self: bool, stats: bool, tol: float, same: bool,
-               implementation: str | None) -> tuple[Any, _moments.Moments, _fit.Fit]:
-  """(queries in bandwidths, the moments, the fit) in the units of `points.y`."""
+def fit_points(points: _points.Points, request: _points.Request) -> tuple[_moments.Moments, _fit.Fit]:
+  """The moments and the fit, in the units of `points.y`."""
   u, k = points.queries / points.bandwidth, points.x / points.bandwidth
-  found = _moments.moments(u, k, _fit.values(order, points.y, k, stats), points.weight, squared=stats, exclude_self=exclude_self,
-                           tol=tol, same=same or exclude_self, implementation=implementation)
-  return u, found, _fit.fit(order, found, u, points.y.shape[1], stats)
+  values = _fit.values(request.order, points.y, k, request.stats)
+  found = _moments.moments(u, k, values, points.weight, points.tol, request)
+  return found, _fit.fit(request.order, found, u, points.y.shape[1], request.stats)
 
 
 def log_density_of(points: _points.Points, log_sum: Any, exclude_self: bool) -> Any:

@@ -50,10 +50,10 @@ def select_bandwidth(x: Any, y: Any, *, criterion: str = "loo", order: str = "co
   points = _points.prepare(*_distinct(x, y, sample_weight), exclude_self=True, tol=tol)
   name = "likelihood" if y is None else criterion
   scott = _scott(points)
+  request = _points.Request(order, True, True, False, implementation, _plan.context())
 
   def objective(log_h):
-    value, grad = _value_and_grad(jnp.asarray(log_h, points.x.dtype), points, name, order, float(tol), implementation,
-                                  _plan.context())
+    value, grad = _value_and_grad(jnp.asarray(log_h, points.x.dtype), points, name, request)
     value, grad = float(value), np.asarray(grad, np.float64)
     return (value, grad) if np.isfinite(value) and np.isfinite(grad).all() else (1e30, np.zeros_like(grad))
 
@@ -96,14 +96,11 @@ def _scott(points: _points.Points) -> Any:
   return np.where(spread > 0, spread, 1.0) * len(x) ** (-1 / (x.shape[1] + 4))
 
 
-@functools.partial(jax.jit, static_argnames=("criterion", "order", "tol", "implementation", "context"))
-def _value_and_grad(log_h: Any, points: _points.Points, criterion: str, order: str, tol: float, implementation: str | None,
-                    context: Any) -> tuple[Any, Any]:
-  del context  # what a trace depends on besides its arguments
-
+@functools.partial(jax.jit, static_argnames=("criterion", "request"))
+def _value_and_grad(log_h: Any, points: _points.Points, criterion: str, request: _points.Request) -> tuple[Any, Any]:
   def value(log_h):
     at = points._replace(bandwidth=jnp.exp(log_h))
-    _, found, fitted = _api.fit_points(at, order, True, False, tol, True, implementation)
+    found, fitted = _api.fit_points(at, request)
     weight = jnp.ones(at.x.shape[0], at.x.dtype) if at.weight is None else at.weight
     if criterion == "likelihood":
       return -jnp.average(_api.log_density_of(at, found.log_sum, exclude_self=True), weights=weight)

@@ -22,6 +22,7 @@ from .. import _autodiff, _backends, _plan, masks
 from .._logits import Logits
 from .._problem import Problem
 from . import _check, _prune
+from ._points import Request
 
 
 class Moments(NamedTuple):
@@ -33,32 +34,30 @@ class Moments(NamedTuple):
   visited: Any  # the share of tiles that were computed
 
 
-def moments(queries: Any, keys: Any, values: Any, weight: Any, *, squared: bool, exclude_self: bool, tol: float, same: bool,
-            implementation: str | None) -> Moments:
-  """Attends from `queries [m, d]` to `keys [n, d]`, both in bandwidths, with `values [n, E]` and `weight [n]` (None: ones).
+def moments(queries: Any, keys: Any, values: Any, weight: Any, tol: Any, request: Request) -> Moments:
+  """Attends from `queries [m, d]` to `keys [n, d]`, both in bandwidths, with `values [n, E]`.
 
   Args:
-    squared: whether to attend with the squared kernel too.
-    exclude_self: whether query i leaves key i out.
-    tol: the share of each query's weights that may be skipped.
-    same: whether queries and keys are the same points, which then are put in the same order.
+    weight: `[n]`, or None for ones.
+    tol: the share of each query's weights that may be skipped, or None.
+    request: with `stats`, the squared kernel is attended with too.
   """
   m = queries.shape[0]
   log_weight = None if weight is None else log_or_minus_inf(weight)
-  mask = ~masks.Window(0, 0) if exclude_self else None
+  mask = ~masks.Window(0, 0) if request.exclude_self else None
   back = None
-  if tol:
+  if tol is not None:
     size = _prune.SIDE
     order = _prune.order(jax.lax.stop_gradient(keys), size)
-    query_order = order if same else _prune.order(jax.lax.stop_gradient(queries), size)
+    query_order = order if request.same else _prune.order(jax.lax.stop_gradient(queries), size)
     keys, values, queries = keys[order], values[order], queries[query_order]
     log_weight = None if log_weight is None else log_weight[order]
-    table = _prune.kept(*jax.lax.stop_gradient((queries, keys, log_weight)), size, tol, exclude_self)
+    table = _prune.kept(*jax.lax.stop_gradient((queries, keys, log_weight)), size, tol, request.exclude_self)
     skip = _prune.Kept(table[None, None, None, None], (size, size))
     mask = skip if mask is None else skip & mask
     back = jnp.zeros(m, np.int32).at[query_order].set(jnp.arange(m, dtype=np.int32))
-  problem, rest = _problem(queries, keys, values, log_weight, mask, 2 if squared else 1)
-  backend, _ = _backends.select(problem, implementation)
+  problem, rest = _problem(queries, keys, values, log_weight, mask, 2 if request.stats else 1)
+  backend, _ = _backends.select(problem, request.implementation)
   plan = backend.plan(problem)
   visits = _plan.make_schedule(problem, plan)
   out, lse = _autodiff.attend(backend.name, plan, problem, visits)
@@ -66,7 +65,7 @@ def moments(queries: Any, keys: Any, values: Any, weight: Any, *, squared: bool,
   mean, lse = out[0].swapaxes(0, 1), lse[0].T  # [kernels, m, E], [kernels, m]
   if back is not None:
     mean, lse, rest = mean[:, back], lse[:, back], rest[back]
-  return Moments(mean, lse[0] - rest, lse[1] - 2 * lse[0] if squared else None, visited)
+  return Moments(mean, lse[0] - rest, lse[1] - 2 * lse[0] if request.stats else None, visited)
 
 
 def log_or_minus_inf(weight: Any) -> Any:

@@ -24,8 +24,20 @@ class Points(NamedTuple):
   queries: Any  # [m, d]; `x` itself where the data are asked at their own points
   bandwidth: Any  # [] or [d]
   weight: Any  # [n], or None for one each
+  tol: Any  # [], or None to skip nothing
   y_shift: Any  # [p]
   y_scale: Any  # [p]
+
+
+class Request(NamedTuple):
+  """What is asked of a pass, and all else that its compiled form depends on besides shapes: static."""
+
+  order: str
+  exclude_self: bool
+  same: bool  # whether the queries are the data's own points
+  stats: bool
+  implementation: str | None
+  context: Any  # of `_plan`
 
 
 class PrecisionWarning(UserWarning):
@@ -46,7 +58,7 @@ def prepare(x: Any, y: Any, x_query: Any, bandwidth: Any, sample_weight: Any, ex
   y_scale = _largest(y)
   points = Points(shift.subtract_from(x, dtype), y / y_scale,
                   None if x_query is None else shift.subtract_from(x_query, dtype), to(bandwidth),
-                  to(sample_weight), to(y_shift.total), to(y_scale))
+                  to(sample_weight), np.asarray(tol, dtype) if tol else None, to(y_shift.total), to(y_scale))
   if x_query is None:
     points = points._replace(queries=points.x)
   return jax.tree.map(jnp.asarray, points)

@@ -51,7 +51,7 @@ def _levels(tiles: int) -> list[list[int]]:
   return levels
 
 
-def kept(queries: Any, keys: Any, log_weight: Any, size: int, tol: float, exclude_self: bool) -> Any:
+def kept(queries: Any, keys: Any, log_weight: Any, size: int, tol: Any, exclude_self: bool) -> Any:
   """The tiles to compute, `[m tiles, n tiles]`: of the weights of any query, those of its other tiles sum to at most `tol`.
 
   For a query u and a tile of keys, of summed weight S, weighted mean c and spread v = Σ s |k - c|² / S, let z = |u - k|²/2, which
