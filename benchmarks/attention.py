@@ -22,7 +22,7 @@ import numpy as np
 import jflash
 
 from . import machine, options, report
-from .timing import Times, interleave
+from .timing import interleave
 
 PASSES = ("forward", "forward + backward")
 LEGEND = """\
