@@ -40,6 +40,11 @@ def header() -> dict[str, str]:
   }
 
 
+def load() -> dict[str, str]:
+  """What else kept the machine busy, to be asked before measuring."""
+  return {"Load before": f"{os.getloadavg()[0]:.1f}"} if hasattr(os, "getloadavg") else {}
+
+
 def versions(*packages: str) -> str:
   """"a 1.2, b not installed"."""
   def version(package):

@@ -36,8 +36,9 @@ ms: median over the rounds, in which the implementations took turns; ±%: half t
 PREDICT_LEGEND = TIMES_LEGEND + f"""\
 From NumPy arrays to the mean at all n points. first s: seconds of the first call with these shapes, with whatever it compiles;
 pykeops compiles once for each dtype and d, and starts without its cache. × jflash: how many times as long as `jflash` in the same
-case. max error: of the mean, at {CHECKED} of the points, against its definition in float64 (for `linear` and `ll` of a local line).
-jflash stats: with variance, density, leverage and sample size. statsmodels computes in float64, and the slopes too.
+case. cores: how many were busy for it on average, fewer than it could use if other processes ran. max error: of the mean, at
+{CHECKED} of the points, against its definition in float64 (for `linear` and `ll` that of a local line). jflash stats: with
+variance, density, leverage and sample size. statsmodels computes in float64, and the slopes too.
 """
 PRUNE_LEGEND = TIMES_LEGEND + f"""\
 × faster: than without `tol`. visited: the share of tiles that were computed. moved: the largest change of the mean at any point
@@ -90,7 +91,8 @@ class PredictRow(report.Row):
 
   def values(self) -> dict[str, str]:
     return {"first s": report.text(self.first, ".2f"), **self.time_cells(), "× jflash": report.text(self.ratio, ".2f"),
-            "max error": report.text(self.error, ".1e"), **self.round_cells()}
+            "cores": report.text(self.times and self.times.cores, ".1f"), "max error": report.text(self.error, ".1e"),
+            **self.round_cells()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,9 +305,10 @@ def _table(heading: str, legend: str, cases: Iterable[Iterator[report.Row]]) -> 
 def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
   args = parse(argv)
+  load = machine.load()
   tables = run(args)
   title = "Kernel regression with a Gaussian kernel"
-  header = machine.header() | {"Beside": machine.versions("pykeops", "scikit-learn", "statsmodels")}
+  header = machine.header() | load | {"Beside": machine.versions("pykeops", "scikit-learn", "statsmodels")}
   page = report.document(title, header | options.command("regression", argv), tables)
   predicted = [row for table in tables for row in table.rows if isinstance(row, PredictRow) and row.case.d == 2]
   options.write(args.out, page, lambda path: plot(path, f"{title}, d 2, all n points\n{machine.device_name()}", predicted))

@@ -91,6 +91,18 @@ def test_calls_take_turns_and_slow_ones_get_fewer_rounds():
   assert times["a"].median >= 6e-3
 
 
+def test_busy_cores_are_counted():
+  def work():
+    end = time.process_time() + 0.01
+    while time.process_time() < end:
+      pass
+
+  times = interleave({"work": work, "sleep": lambda: time.sleep(0.01)}, repeats=5, seconds=1)
+  assert times["work"].cpu == pytest.approx([0.01] * 5, rel=0.5)
+  assert times["work"].cores > 2 * times["sleep"].cores
+  assert Times((1.0, 1.0)).cores is None
+
+
 def test_a_speedup_compares_rounds_side_by_side():
   slow_spell = Times((1.0, 1.0, 8.0)), Times((2.0, 2.0, 16.0))
   assert slow_spell[0].speedup(slow_spell[1]) == 2
