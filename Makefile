@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= tests,examples,benchmarks
 PRESET ?=
+BENCH  ?= attention
 ARGS   ?=
 
 comma := ,
@@ -41,8 +42,8 @@ lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(STAMP)  ## time attention; ARGS='--lengths 256,512 --dtype float32' and the like
-	$(BIN)/python -m benchmarks.attention $(ARGS)
+bench: $(STAMP)  ## time attention, or BENCH=regression; ARGS='--lengths 1024,4096 --dtype float32' and the like
+	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 clean:  ## remove virtual environments and everything built
 	rm -rf .venv .venv-new .venv-wheel $(VENV) build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import functools
 import gc
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +21,16 @@ import numpy as np
 
 import jflash
 
-from . import machine, report
-from .timing import Times, interleave
+from . import machine, options, report
+from .timing import interleave
 
 PASSES = ("forward", "forward + backward")
+LEGEND = """\
+ms: median over the rounds, in which the implementations took turns; ±%: half the distance between the quartiles.
+× jax.nn: how many times faster than the first measured `jax.nn.dot_product_attention` of the same case; below 1 slower.
+TFLOP/s: 4·B·N·H flops a kept pair, 3.5 times that with the backward pass. temp MiB: temporary memory that the compiled
+program asks for, beside its inputs and outputs.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +71,23 @@ class Shape:
     return tuple(jnp.asarray(draw(shape, np.float32), dtype) for shape in shapes)
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One line of the table; without `times`, `note` says why."""
-
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row(report.Row):
   direction: str
   dtype: str
   length: int
-  name: str
-  times: Times | None = None
   speedup: float | None = None
   flops: float = 0.0
   temp_bytes: int | None = None
-  note: str = ""
+
+  def key(self) -> dict[str, str]:
+    return {"pass": self.direction, "dtype": self.dtype, "T": str(self.length), "implementation": self.name}
+
+  def values(self) -> dict[str, str]:
+    flops = None if self.times is None else self.flops / self.times.median / 1e12
+    temp = None if self.temp_bytes is None else self.temp_bytes / 2**20
+    return {**self.time_cells(), "× jax.nn": report.text(self.speedup, ".2f"), "TFLOP/s": report.text(flops, ".3g"),
+            "temp MiB": report.text(temp, ".4g"), **self.round_cells()}
 
 
 def candidates(implementations: Sequence[str], peers: Sequence[str]) -> dict[str, Callable]:
@@ -94,7 +103,7 @@ def measure(shape: Shape, dtype: str, backward: bool, functions: dict[str, Calla
   inputs = shape.inputs(dtype, backward)
   rows, calls = [], {}
   for name, function in functions.items():
-    row = Row(PASSES[backward], dtype, shape.length, name, flops=shape.flops(backward))
+    row = Row(direction=PASSES[backward], dtype=dtype, length=shape.length, name=name, flops=shape.flops(backward))
     try:
       compiled = jax.jit(_workload(function, shape, backward)).lower(*inputs).compile()
       row = dataclasses.replace(row, temp_bytes=_temp_bytes(compiled))
@@ -103,7 +112,7 @@ def measure(shape: Shape, dtype: str, backward: bool, functions: dict[str, Calla
       jax.block_until_ready(compiled(*inputs))
       calls[name] = functools.partial(compiled, *inputs)
     except (RuntimeError, ValueError, MemoryError) as error:  # NotImplementedError, JaxRuntimeError are RuntimeErrors
-      row = dataclasses.replace(row, note=f"{type(error).__name__}: {_first_line(error)}")
+      row = dataclasses.replace(row, note=report.reason(error))
     rows.append(row)
   times = interleave(calls, repeats=args.repeats, seconds=args.seconds) if calls else {}
   base = next((time for name, time in times.items() if name.startswith("jax.nn")), None)
@@ -128,32 +137,19 @@ def _workload(function: Callable, shape: Shape, backward: bool) -> Callable:
   return both if backward else forward
 
 
-def _first_line(error: Exception) -> str:
-  return next(iter(str(error).strip().splitlines()), "")
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0],
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-  words = lambda text: text.split(",")
-  integers = lambda text: [int(word) for word in text.split(",")]
+  parser = options.parser(__doc__, "attention")
   parser.add_argument("--batch", type=int, default=1)
   parser.add_argument("--heads", type=int, default=8)
   parser.add_argument("--kv-heads", type=int, help="as many as --heads if not given")
   parser.add_argument("--width", type=int, default=64, help="of a head")
-  parser.add_argument("--lengths", type=integers, default=[256, 512, 1024, 2048, 4096], help="with commas between")
-  parser.add_argument("--dtype", type=words, default=["float32", "bfloat16"], help="with commas between")
+  parser.add_argument("--lengths", type=options.integers, default=[256, 512, 1024, 2048, 4096], help="with commas between")
+  parser.add_argument("--dtype", type=options.words, default=["float32", "bfloat16"], help="with commas between")
   parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
   parser.add_argument("--window", type=int, help="keys to the left, and without --causal to the right, that are seen")
-  parser.add_argument("--implementation", type=words, default=["None"], help="of jflash, with commas between")
-  parser.add_argument("--peers", type=words, default=["xla", "cudnn"] if jax.default_backend() == "gpu" else ["xla"],
+  parser.add_argument("--implementation", type=options.words, default=["None"], help="of jflash, with commas between")
+  parser.add_argument("--peers", type=options.words, default=["xla", "cudnn"] if jax.default_backend() == "gpu" else ["xla"],
                       help="implementations of jax.nn.dot_product_attention; ratios refer to the first that runs")
-  parser.add_argument("--repeats", type=int, default=30, help="rounds at most")
-  parser.add_argument("--seconds", type=float, default=10.0, help="that one case may take, after compiling")
-  parser.add_argument("--memory-limit", type=float, default=machine.memory() * 0.6 / 2**30, metavar="GIB",
-                      help="what needs more temporary memory is not run")
-  parser.add_argument("--out", type=pathlib.Path, help="where to write, without .md and .png",
-                      default=pathlib.Path("benchmarks/results") / f"attention-{machine.slug()}")
   return parser.parse_args(argv)
 
 
@@ -177,12 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
   args = parse(argv)
   rows = run(args)
-  args.out.parent.mkdir(parents=True, exist_ok=True)
   title = _title(args)
-  table = args.out.with_name(args.out.name + ".md")
-  table.write_text(report.document(title, machine.header() | {"Command": _command(argv)}, rows))
-  report.plot(args.out.with_name(args.out.name + ".png"), f"{title}\n{machine.device_name()}", rows)
-  print(f"{os.path.relpath(table)} and .png written")
+  header = machine.header() | options.command("attention", argv)
+  options.write(args.out, report.document(title, header, [report.Table("", rows, LEGEND)]),
+                lambda path: plot(path, f"{title}\n{machine.device_name()}", rows))
   return 0 if any(row.times for row in rows if row.name.startswith("jflash")) else 1
 
 
@@ -194,8 +188,29 @@ def _title(args: argparse.Namespace) -> str:
   return f"Attention: B {args.batch}, {heads}, {mask}"
 
 
-def _command(argv: Sequence[str]) -> str:
-  return "`" + " ".join(["python -m benchmarks.attention", *argv]) + "`"
+def plot(path: pathlib.Path, title: str, rows: Sequence[Row]) -> None:
+  """Time (above) and temporary memory (below) against T: colour is who, line style is dtype."""
+  directions, names, dtypes = (report.unique(getattr(r, field) for r in rows) for field in ("direction", "name", "dtype"))
+  colours = {name: f"C{i}" for i, name in enumerate(names)}
+  widths = {name: 3.2 if i == 0 else 1.5 for i, name in enumerate(names)}  # the first stays visible below the others
+  styles = dict(zip(dtypes, report.STYLES))
+  quantities: dict[str, Callable[[Row], float | None]] = {
+    "time, ms": lambda r: None if r.times is None else 1e3 * r.times.median,
+    # A logarithmic axis has no zero: a program without temporary memory is drawn at 1 KiB.
+    "temporary memory, MiB": lambda r: None if r.temp_bytes is None else max(r.temp_bytes / 2**20, 2**-10),
+  }
+
+  def lines(quantity, direction):
+    for name in names:
+      for dtype in dtypes:
+        some = [r for r in rows if (r.direction, r.name, r.dtype) == (direction, name, dtype)]
+        yield [(r.length, quantity(r)) for r in some], {"color": colours[name], "linewidth": widths[name], **styles[dtype]}
+
+  panels = [[report.Panel("" if i else direction, "T, tokens" if i else "", label, list(lines(quantity, direction)))
+             for direction in directions] for i, (label, quantity) in enumerate(quantities.items())]
+  legend = {name: {"color": colours[name], "linewidth": 3} for name in names}
+  legend |= {dtype: {"color": "0.3", **styles[dtype]} for dtype in dtypes}
+  report.plot(path, title, panels, legend)
 
 
 if __name__ == "__main__":

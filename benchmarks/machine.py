@@ -1,6 +1,7 @@
 """What the numbers were measured on."""
 
 import datetime
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -37,6 +38,22 @@ def header() -> dict[str, str]:
                 f"Python {platform.python_version()}",
     "Date": datetime.date.today().isoformat(),
   }
+
+
+def load() -> dict[str, str]:
+  """What else kept the machine busy, to be asked before measuring."""
+  return {"Load before": f"{os.getloadavg()[0]:.1f}"} if hasattr(os, "getloadavg") else {}
+
+
+def versions(*packages: str) -> str:
+  """"a 1.2, b not installed"."""
+  def version(package):
+    try:
+      return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      return "not installed"
+
+  return ", ".join(f"{package} {version(package)}" for package in packages)
 
 
 def _cores() -> int:

@@ -14,9 +14,13 @@ SAMPLE = 5e-3  # seconds; calls shorter than this are timed several at once, or 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-  """Seconds per call, one entry a round; entry i of two candidates was measured side by side."""
+  """Seconds per call, one entry a round; entry i of two candidates was measured side by side.
+
+  `cpu` are the CPU seconds, of all threads of this process, that passed meanwhile.
+  """
 
   rounds: tuple[float, ...]
+  cpu: tuple[float, ...] = ()
 
   @property
   def median(self) -> float:
@@ -27,6 +31,11 @@ class Times:
     """Half the distance of the quartiles, as a share of the median."""
     low, _, high = statistics.quantiles(self.rounds, n=4, method="inclusive")
     return (high - low) / 2 / self.median
+
+  @property
+  def cores(self) -> float | None:
+    """How many were busy for this process, on average: fewer than a call could use where others wanted them too."""
+    return sum(self.cpu) / sum(self.rounds) if self.cpu else None
 
   def speedup(self, base: "Times") -> float:
     """How many times faster than `base`: the median of the rounds' ratios, which a slow spell leaves alone."""
@@ -47,25 +56,26 @@ def interleave(calls: Mapping[str, Callable[[], Any]], *, repeats: int, seconds:
   estimates = {}
   for name, call in calls.items():
     _elapsed(call, 1)
-    estimates[name] = max(_elapsed(call, 1), 1e-7)
+    estimates[name] = max(_elapsed(call, 1)[0], 1e-7)
   counts = {name: min(100, math.ceil(SAMPLE / estimate)) for name, estimate in estimates.items()}
   one_round = sum(counts[name] * estimates[name] for name in calls)
   rounds = max(3, min(repeats, int(seconds / max(one_round, 1e-7))))
   taken = {name: [] for name in calls}
   for _ in range(rounds):
     for name, call in calls.items():
-      taken[name].append(_elapsed(call, counts[name]) / counts[name])
-  return {name: Times(tuple(values)) for name, values in taken.items()}
+      taken[name].append([seconds / counts[name] for seconds in _elapsed(call, counts[name])])
+  return {name: Times(*map(tuple, zip(*values))) for name, values in taken.items()}
 
 
-def _elapsed(call: Callable[[], Any], count: int) -> float:
+def _elapsed(call: Callable[[], Any], count: int) -> tuple[float, float]:
+  """Seconds, and CPU seconds, of `count` calls."""
   # An accelerator runs what it is given in order: when the last call is done, all are. The CPU may run several at once,
   # so there each call is awaited, which costs little.
   in_order = jax.default_backend() != "cpu"
-  start = time.perf_counter()
+  start, cpu = time.perf_counter(), time.process_time()
   for _ in range(count - 1):
     result = call()
     if not in_order:
       jax.block_until_ready(result)
   jax.block_until_ready(call())
-  return time.perf_counter() - start
+  return time.perf_counter() - start, time.process_time() - cpu
