@@ -9,7 +9,7 @@ from statsmodels.nonparametric.kernel_density import KDEMultivariate
 from statsmodels.nonparametric.kernel_regression import KernelReg
 
 import jflash
-from jflash.regression import select_bandwidth
+from jflash.regression import _bandwidth, select_bandwidth
 from tests.regression_reference import regress
 
 
@@ -120,3 +120,27 @@ def test_errors():
     select_bandwidth(x[:1], y[:1])
   with pytest.raises(ValueError, match=r"`x` has 3 points \(n_samples = 3\), of which 1 is different"):
     select_bandwidth(x[[0, 0, 0]], y[[0, 0, 0]])
+
+
+def test_gcv_does_not_fall_into_the_hole_where_each_point_sees_itself_alone():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(150, 4))
+  x[:60, 0] *= 8  # isolated points beside a crowd
+  y = x[:, 1] + rng.normal(size=150)
+  found, _ = select_bandwidth(x, y, criterion="gcv")
+  smoother = regress(x, y, None, found).smoother
+  assert np.trace(smoother) < 0.5 * len(x)
+
+
+def test_points_of_nearly_one_number_share_compiled_code():
+  select_bandwidth(*data(130)[:2])
+  compiled = _bandwidth._value_and_grad._cache_size()
+  select_bandwidth(*data(190)[:2])
+  assert _bandwidth._value_and_grad._cache_size() == compiled
+
+
+def test_the_warning_points_at_the_caller():
+  x, y, _ = data(30)
+  with pytest.warns(jflash.regression.PrecisionWarning) as caught:
+    jflash.kernel_regression(x, y, None, 1e-3)
+  assert caught[0].filename == __file__

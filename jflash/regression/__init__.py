@@ -7,3 +7,4 @@ from ._api import RegressionStats as RegressionStats
 from ._api import kernel_regression as kernel_regression
 from ._api import log_density as log_density
 from ._bandwidth import select_bandwidth as select_bandwidth
+from ._points import PrecisionWarning as PrecisionWarning

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _plan
-from . import _api, _check, _points
+from . import _api, _check, _moments, _points
 
 CRITERIA = ("loo", "gcv", "aicc")
 SCAN = np.geomspace(0.05, 8.0, 12)  # times Scott's rule, in all coordinates alike: where to start from
@@ -32,7 +32,8 @@ def select_bandwidth(x: Any, y: Any, *, criterion: str = "loo", order: str = "co
   are one point that carries their weight, so that no copy of a point vouches for it.
 
   The search starts at the best of a few multiples of Scott's rule and follows the gradient (L-BFGS-B over log σ). A coordinate
-  that says nothing about y gets a bandwidth as large as the search allows, which takes it out.
+  that says nothing about y gets a bandwidth far beyond the data, which takes it out of a local constant; a local line keeps its
+  slope there. "gcv" is 0/0 where each point sees itself alone, and not looked at where tr H > 0.9 n.
 
   Args:
     x, y, order, sample_weight, tol, implementation: as for `kernel_regression`; none may be traced. y is None for a density.
@@ -47,7 +48,7 @@ def select_bandwidth(x: Any, y: Any, *, criterion: str = "loo", order: str = "co
   _check.options(order, tol)
   if criterion not in CRITERIA:
     raise ValueError(f"`criterion` is {criterion!r}; pass one of {', '.join(map(repr, CRITERIA))}.")
-  points = _points.prepare(*_distinct(x, y, sample_weight), exclude_self=True, tol=tol)
+  points = _fill(_points.prepare(*_distinct(x, y, sample_weight), exclude_self=True, tol=tol))
   name = "likelihood" if y is None else criterion
   scott = _scott(points)
   request = _points.Request(order, True, True, False, implementation, _plan.context())
@@ -87,13 +88,21 @@ def _distinct(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, None, float
   return x[first], None if y is None else y[first], None, 1.0, None if equal else weight / weight.mean()
 
 
+def _fill(points: _points.Points) -> _points.Points:
+  """The points with as many of weight 0 as make their number a multiple of 64: folds of nearly one size share compiled code."""
+  n = len(points.x)
+  weight = jnp.ones(n, points.x.dtype) if points.weight is None else points.weight
+  fill = lambda a: jnp.pad(a, [(0, -n % 64)] + [(0, 0)] * (a.ndim - 1))
+  x = fill(points.x)
+  return points._replace(x=x, queries=x, y=fill(points.y), weight=fill(weight))
+
+
 def _scott(points: _points.Points) -> Any:
   """Scott's rule, `[d]`: standard deviations times n^(-1/(d + 4))."""
-  x = np.asarray(points.x, np.float64)
-  weight = None if points.weight is None else np.asarray(points.weight, np.float64)
+  x, weight = np.asarray(points.x, np.float64), np.asarray(points.weight, np.float64)
   centred = x - np.average(x, axis=0, weights=weight)
   spread = np.sqrt(np.average(centred**2, axis=0, weights=weight))
-  return np.where(spread > 0, spread, 1.0) * len(x) ** (-1 / (x.shape[1] + 4))
+  return np.where(spread > 0, spread, 1.0) * np.sum(weight > 0) ** (-1 / (x.shape[1] + 4))
 
 
 @functools.partial(jax.jit, static_argnames=("criterion", "request"))
@@ -101,28 +110,29 @@ def _value_and_grad(log_h: Any, points: _points.Points, criterion: str, request:
   def value(log_h):
     at = points._replace(bandwidth=jnp.exp(log_h))
     found, fitted = _api.fit_points(at, request)
-    weight = jnp.ones(at.x.shape[0], at.x.dtype) if at.weight is None else at.weight
     if criterion == "likelihood":
-      return -jnp.average(_api.log_density_of(at, found.log_sum, exclude_self=True), weights=weight)
-    return _criterion(criterion, at, fitted, weight)
+      return -jnp.average(_api.log_density_of(at, found.log_sum, exclude_self=True), weights=at.weight)
+    return _criterion(criterion, at, fitted)
 
   return jax.value_and_grad(value)(log_h)
 
 
-def _criterion(criterion: str, points: _points.Points, fitted: Any, weight: Any) -> Any:
+def _criterion(criterion: str, points: _points.Points, fitted: Any) -> Any:
   """The log of "loo" and "gcv", whose minimum is the same, and "aicc"; in y's own scale but for the sum over its columns.
 
   A point of weight s has leverage H = s g / (1 + s g) in the fit with itself, g the gain of one observation there.
   """
-  n = len(weight)
+  weight = points.weight
+  there = weight > 0
+  n = jnp.sum(there)
   error = (points.y - fitted.mean) * (points.y_scale / jnp.max(points.y_scale))  # [n, p]
   mean_square = lambda e: jnp.average(e**2, axis=0, weights=weight) + jnp.finfo(e.dtype).tiny  # [p]
   if criterion == "loo":
     return jnp.log(jnp.mean(mean_square(error)))
-  rest = jax.nn.sigmoid(-jnp.log(weight) - fitted.log_gain)  # 1 - H
+  rest = jnp.where(there, jax.nn.sigmoid(-_moments.log_or_minus_inf(weight) - fitted.log_gain), 0)  # 1 - H
   square, left = mean_square(error * rest[:, None]), jnp.sum(rest)  # n - tr H
   if criterion == "gcv":
-    return jnp.log(jnp.mean(square)) - 2 * jnp.log(left / n)
+    return jnp.where(left > 0.1 * n, jnp.log(jnp.mean(square)) - 2 * jnp.log(left / n), jnp.inf)
   trace, left = n - left, left - 2
   return jnp.where(left > 0, jnp.mean(jnp.log(square)) + 1 + 2 * (trace + 1) / jnp.where(left > 0, left, 1), jnp.inf)
 

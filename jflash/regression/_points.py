@@ -126,4 +126,4 @@ def warn_if_wide(points: Points) -> None:
   if lost > 1e-3:
     fix = "a larger bandwidth" if dtype == np.float64 else "float64 (jax.enable_x64, arrays of float64) or a larger bandwidth"
     warnings.warn(f"the data are {width:.3g} bandwidths wide, and {dtype} may be off by {lost:.1g} of an exponent at that width; "
-                  f"use {fix}.", PrecisionWarning, stacklevel=4)
+                  f"use {fix}.", PrecisionWarning, stacklevel=3)
