@@ -70,7 +70,8 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
                          logits_soft_cap=logits_soft_cap, alibi_slopes=alibi_slopes)
   backend, _ = _backends.select(problem, implementation)
   plan = backend.plan(problem)
-  out, lse = _autodiff.attend(backend.name, plan, problem, _plan.make_schedule(problem, plan))
+  visits = _plan.make_schedule(problem, plan)
+  out, lse = _autodiff.attend(backend.name, _plan.settle(plan, visits), problem, visits)
   if jnp.ndim(query) == 3:
     out, lse = out[0], lse[0]
   return (out, lse) if return_residual else out

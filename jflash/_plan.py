@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import schedule
+from pallas_kernels import products, schedule
 
 from . import masks
 from ._mask import parts
@@ -42,6 +42,7 @@ class Plan:
   chunk: tuple[int, int]  # batch elements and kv heads that "xla" computes at a time
   widen: bool  # whether "xla" converts tiles to float32 before it multiplies them
   interpret: Any  # False, True, or Pallas' interpreter parameters
+  kinds: tuple[int, ...] = (schedule.PARTIAL, schedule.FULL)  # of tiles that "xla" has to be ready for, besides EMPTY
 
 
 @contextlib.contextmanager
@@ -100,7 +101,8 @@ def plan_xla(problem: Problem) -> Plan:
   """Tiles of 128 to 512, and as many heads at a time as keep the scores of a step near the size of a cache."""
   on_cpu = platform() == "cpu"
   length = max(problem.queries, problem.keys)
-  side = 512 if length >= 4096 else 256
+  # Where tiles are multiplied, they have to share the cache with the product's own buffers; differences have none.
+  side = 1024 if problem.product is products.Distance else 512 if length >= 4096 else 256
   blocks = _blocks(problem, side)
   tiles = _forced_tiles.get() or (min(blocks[0], problem.queries), min(blocks[1], problem.keys))
   lead = _table_lead(problem)
@@ -124,6 +126,13 @@ def make_schedule(problem: Problem, plan: Plan) -> Schedule:
   if any(isinstance(x, jax.Array) for x in mask_arrays(problem)):  # one compiled function rather than many small operations
     return _schedule_on_device(problem, plan)
   return _schedule(problem, plan)
+
+
+def settle(plan: Plan, visits: Schedule) -> Plan:
+  """The plan without the kinds of tiles that are known not to occur: code that is not compiled."""
+  if not isinstance(visits.kinds, np.ndarray):
+    return plan
+  return dataclasses.replace(plan, kinds=tuple(kind for kind in plan.kinds if (visits.kinds == kind).any()))
 
 
 @functools.partial(jax.jit, static_argnames="plan")

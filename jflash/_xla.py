@@ -41,7 +41,7 @@ def forward(problem: Problem, plan: Plan, schedule: Schedule) -> tuple[Any, Any]
         s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked)
         return softmax.accumulate(state, s, functools.partial(_weigh, walk, s, v, masked))
 
-      return by_kind(kind, compute, lambda state: state, state)
+      return by_kind(plan, kind, compute, lambda state: state, state)
 
     return _put(walk, buffers, softmax.finish(walk.each_visit(chunk, i, visit, state)), chunk, i)
 
@@ -74,7 +74,7 @@ def tangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: Any
         weigh = functools.partial(_weigh, walk, s)
         return dout + weigh(v, masked, pds) + weigh(dv, masked, p), dlse + pds.sum(-1, keepdims=True)
 
-      return by_kind(kind, compute, lambda *carry: carry, *carry)
+      return by_kind(plan, kind, compute, lambda *carry: carry, *carry)
 
     dout, dlse = walk.each_visit(chunk, i, visit, (zeros(problem.value_width), zeros(1)))
     return _put(walk, buffers, (dout - dlse * row_out.astype(walk.dtype), dlse), chunk, i)
@@ -101,7 +101,7 @@ def cotangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: A
       columns = Columns(walk.columns(walk.k, chunk, j), walk.columns(walk.v, chunk, j), walk.leaves(chunk, i, j))
       compute = functools.partial(_tile_gradients, walk, chunk, i, j, row, columns, wanted)
       nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(functools.partial(compute, True)))
-      tile_dq, tile_dk, tile_dv, tile_dleaves = by_kind(kind, compute, nothing)
+      tile_dq, tile_dk, tile_dv, tile_dleaves = by_kind(plan, kind, compute, nothing)
       return dq + tile_dq, (walk.add_columns(dk, tile_dk, chunk, j), walk.add_columns(dv, tile_dv, chunk, j),
                             [walk.add_leaf(x, y, chunk, i, j) for x, y in zip(dleaves, tile_dleaves)])
 

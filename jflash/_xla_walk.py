@@ -155,7 +155,8 @@ def _loop(count: int, body: Callable[[Any, Any], Any], init: Any) -> Any:
   return lax.fori_loop(np.int32(0), np.int32(count), body, init)
 
 
-def by_kind(kind: Any, compute: Callable, nothing: Callable, *args: Any) -> Any:
-  """`compute(masked, *args)` for a partial or full tile, `nothing(*args)` for an empty one."""
-  branches = [nothing, functools.partial(compute, True), functools.partial(compute, False)]
-  return lax.switch(kind, branches, *args)
+def by_kind(plan: Plan, kind: Any, compute: Callable, nothing: Callable, *args: Any) -> Any:
+  """`compute(masked, *args)` for a partial or full tile, `nothing(*args)` for an empty one; only for kinds that may occur."""
+  branches = [nothing] + [functools.partial(compute, possible == schedule.PARTIAL) for possible in plan.kinds]
+  number = sum(((kind == possible) * np.int32(n) for n, possible in enumerate(plan.kinds, 1)), np.int32(0))
+  return lax.switch(number, branches, *args)

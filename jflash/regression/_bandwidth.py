@@ -91,8 +91,8 @@ def _distinct(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, None, float
 def _fill(points: _points.Points) -> _points.Points:
   """The points with as many of weight 0 as make their number a multiple of 64: folds of nearly one size share compiled code."""
   n = len(points.x)
-  weight = jnp.ones(n, points.x.dtype) if points.weight is None else points.weight
-  fill = lambda a: jnp.pad(a, [(0, -n % 64)] + [(0, 0)] * (a.ndim - 1))
+  weight = np.ones(n, points.x.dtype) if points.weight is None else points.weight
+  fill = lambda a: jnp.asarray(np.pad(np.asarray(a), [(0, -n % 64)] + [(0, 0)] * (a.ndim - 1)))
   x = fill(points.x)
   return points._replace(x=x, queries=x, y=fill(points.y), weight=fill(weight))
 
@@ -138,7 +138,7 @@ def _criterion(criterion: str, points: _points.Points, fitted: Any) -> Any:
 
 
 def _in_units(criterion: str, value: float, points: _points.Points) -> float:
-  unit = float(jnp.max(points.y_scale)) if points.y.shape[1] else 1.0
+  unit = float(np.max(points.y_scale)) if points.y.shape[1] else 1.0
   if criterion == "aicc":
     return value + 2 * np.log(unit)
   return value if criterion == "likelihood" else float(np.exp(value)) * unit**2

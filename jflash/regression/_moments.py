@@ -60,7 +60,7 @@ def moments(queries: Any, keys: Any, values: Any, weight: Any, tol: Any, request
   backend, _ = _backends.select(problem, request.implementation)
   plan = backend.plan(problem)
   visits = _plan.make_schedule(problem, plan)
-  out, lse = _autodiff.attend(backend.name, plan, problem, visits)
+  out, lse = _autodiff.attend(backend.name, _plan.settle(plan, visits), problem, visits)
   visited = jnp.mean(jnp.asarray(visits.kinds) != schedule.EMPTY, dtype=lse.dtype)
   mean, lse = out[0].swapaxes(0, 1), lse[0].T  # [kernels, m, E], [kernels, m]
   if back is not None:
