@@ -121,6 +121,14 @@ def plan_tpu(problem: Problem) -> Plan:
   return Plan(tiles, (1, 1), False, interpreting())
 
 
+def finest_blocks(backend: str, queries: int, keys: int) -> int:
+  """Rows and columns of the smallest blocks worth skipping one by one: 128, or more where a chip's lists would grow too long."""
+  side = 128
+  while backend == "tpu" and side < 512 and math.ceil(queries / side) * math.ceil(keys / side) > 1 << 16:  # 256 KiB, of 1 MiB
+    side *= 2
+  return side
+
+
 def make_schedule(problem: Problem, plan: Plan) -> Schedule:
   """The visits of both passes; a tile at the ragged end is partial, and query heads that share a kv head share a list."""
   if any(isinstance(x, jax.Array) for x in mask_arrays(problem)):  # one compiled function rather than many small operations

@@ -332,6 +332,14 @@ def test_skipping_is_the_same_on_every_backend_and_has_gradients(backend):
   np.testing.assert_allclose(slope, exact_slope, rtol=1e-3)
 
 
+def test_a_query_too_far_to_be_bounded_skips_nothing():
+  x, y, queries, _ = data(600)
+  queries[3] = 1e25
+  exact, got = (jflash.kernel_regression(x, y, queries, 0.03, tol=tol) for tol in (0, 1e-3))
+  np.testing.assert_allclose(got, exact, atol=1e-3 * np.ptp(y))
+  assert got[3] == y[np.argmax(x.sum(1))].astype(np.float32)
+
+
 @pytest.mark.slow
 def test_few_tiles_of_many_points():
   x = np.random.default_rng(0).normal(size=(65536, 2))
@@ -370,6 +378,8 @@ ERRORS = {
   "`sample_weight` has shape (5,) and `x` has 6 points": (X, Y, Q, 0.1, {"sample_weight": Y[:5]}),
   "`sample_weight` holds -1.0; weights must be 0 or more": (X, Y, Q, 0.1, {"sample_weight": Y - 1}),
   "`sample_weight` is 0 for every point": (X, Y, Q, 0.1, {"sample_weight": Y}),
+  "`sample_weight` is greater than 0 for 1 point and `exclude_self`": (X, Y, None, 0.1, {"sample_weight": np.eye(6)[0],
+                                                                                        "exclude_self": True}),
   "`x` has 1 point (n_samples = 1); pass at least two": (X[:1], Y[:1], None, 0.1, {"exclude_self": True}),
   "`x_query` has 3 points and `x` has 6": (X, Y, Q, 0.1, {"exclude_self": True}),
   "`order` is 'quadratic'; pass one of 'constant', 'linear'": (X, Y, Q, 0.1, {"order": "quadratic"}),

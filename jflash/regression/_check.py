@@ -44,7 +44,7 @@ def points(x: Any, y: Any, x_query: Any, width: Any, sample_weight: Any, exclude
   if tol and d > DIRECT:
     raise ValueError(f"`tol` is {tol} and `x` has {d} coordinates; boxes bound distances in up to {DIRECT}, so pass tol=0.")
   for name, a in named.items():
-    _values(name, a)
+    _values(name, a, exclude_self)
 
 
 def bandwidth(value: Any, coordinates: int) -> None:
@@ -72,7 +72,7 @@ def _exclude_self(n: int, x_query: Any) -> None:
                      "`x` itself, or None.")
 
 
-def _values(name: str, a: Any) -> None:
+def _values(name: str, a: Any, exclude_self: bool = False) -> None:
   if isinstance(a, core.Tracer):
     return
   a = np.asarray(a)
@@ -86,3 +86,5 @@ def _values(name: str, a: Any) -> None:
       raise ValueError(f"`sample_weight` holds {a.min()}; weights must be 0 or more.")
     if not (a > 0).any():
       raise ValueError("`sample_weight` is 0 for every point; at least one weight must be greater than 0.")
+    if exclude_self and (a > 0).sum() < 2:
+      raise ValueError("`sample_weight` is greater than 0 for 1 point and `exclude_self` leaves that out; at least two must be.")

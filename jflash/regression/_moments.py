@@ -42,22 +42,23 @@ def moments(queries: Any, keys: Any, values: Any, weight: Any, tol: Any, request
     tol: the share of each query's weights that may be skipped, or None.
     request: with `stats`, the squared kernel is attended with too.
   """
-  m = queries.shape[0]
   log_weight = None if weight is None else log_or_minus_inf(weight)
   mask = ~masks.Window(0, 0) if request.exclude_self else None
+  kernels = 2 if request.stats else 1
+  problem, rest = _problem(queries, keys, values, log_weight, mask, kernels)
+  backend, _ = _backends.select(problem, request.implementation)
   back = None
   if tol is not None:
-    size = _prune.SIDE
+    m, n = queries.shape[0], keys.shape[0]
+    size = _plan.finest_blocks(backend.name, m, n)
     order = _prune.order(jax.lax.stop_gradient(keys), size)
     query_order = order if request.same else _prune.order(jax.lax.stop_gradient(queries), size)
     keys, values, queries = keys[order], values[order], queries[query_order]
     log_weight = None if log_weight is None else log_weight[order]
     table = _prune.kept(*jax.lax.stop_gradient((queries, keys, log_weight)), size, tol, request.exclude_self)
     skip = _prune.Kept(table[None, None, None, None], (size, size))
-    mask = skip if mask is None else skip & mask
+    problem, rest = _problem(queries, keys, values, log_weight, skip if mask is None else skip & mask, kernels)
     back = jnp.zeros(m, np.int32).at[query_order].set(jnp.arange(m, dtype=np.int32))
-  problem, rest = _problem(queries, keys, values, log_weight, mask, 2 if request.stats else 1)
-  backend, _ = _backends.select(problem, request.implementation)
   plan = backend.plan(problem)
   visits = _plan.make_schedule(problem, plan)
   out, lse = _autodiff.attend(backend.name, _plan.settle(plan, visits), problem, visits)
@@ -73,8 +74,7 @@ def log_or_minus_inf(weight: Any) -> Any:
   return jnp.where(weight > 0, jnp.log(jnp.where(weight > 0, weight, 1.0)), -jnp.inf)
 
 
-def _problem(queries: Any, keys: Any, values: Any, log_weight: Any, mask: Any,
-             kernels: int) -> tuple[Problem, Any]:
+def _problem(queries: Any, keys: Any, values: Any, log_weight: Any, mask: Any, kernels: int) -> tuple[Problem, Any]:
   """The attention problem, and what the kernel's lse `[m]` is too large by."""
   powers = np.arange(1, kernels + 1, dtype=queries.dtype)  # the exponents of the kernel, one a head
   if queries.shape[1] <= _check.DIRECT:

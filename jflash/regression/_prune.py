@@ -11,8 +11,6 @@ import numpy as np
 from .._pytree import pytree
 from ..masks import BlockSparse
 
-SIDE = 128  # points in a tile
-
 
 @pytree
 class Kept(BlockSparse):
@@ -66,7 +64,7 @@ def kept(queries: Any, keys: Any, log_weight: Any, size: int, tol: Any, exclude_
   m, d = queries.shape
   rows, columns = -(-m // size), -(-keys.shape[0] // size)
   weight = jnp.ones(keys.shape[0], keys.dtype) if log_weight is None else jnp.exp(log_weight)
-  box, total, centre, spread = _summary(_tiles(keys, columns), _tiles(weight, columns))
+  box, total, centre, spread = _summary(_tiles(keys, size), _tiles(weight, size))
   box, centre = [b.T[:, None] for b in box], centre.T[:, None]  # [d, 1, columns]
   log_total = jnp.log(total)
   eps = jnp.finfo(keys.dtype).eps
@@ -93,15 +91,15 @@ def kept(queries: Any, keys: Any, log_weight: Any, size: int, tol: Any, exclude_
     below = largest[:, None] <= limits
     skipped = jnp.max(jnp.matmul(share, below.astype(share.dtype), precision=jax.lax.Precision.HIGHEST), axis=0)  # [limits]
     limit = jnp.max(jnp.where(skipped <= tol * (1 - 1e-3), limits, -1))
-    return largest > limit
+    return ~(largest <= limit)  # what could not be bounded is kept
 
   own = weight if exclude_self else jnp.ones(m, keys.dtype)
-  return jax.lax.map(row, (jnp.arange(rows), _tiles(queries, rows), _tiles(own, rows)))
+  return jax.lax.map(row, (jnp.arange(rows), _tiles(queries, size), _tiles(own, size)))
 
 
-def _tiles(x: Any, count: int) -> Any:
-  """`[n, …]` as `[count, size, …]`, filled up with zeros."""
-  size = SIDE
+def _tiles(x: Any, size: int) -> Any:
+  """`[n, …]` as `[tiles, size, …]`, filled up with zeros."""
+  count = -(-x.shape[0] // size)
   return jnp.pad(x, [(0, count * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])
 
 
