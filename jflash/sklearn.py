@@ -1,7 +1,7 @@
 """Scikit-learn estimators on `jflash.kernel_regression` and `jflash.log_density`; `pip install "jflash[sklearn]"`.
 
-Both find their own bandwidth by leave-one-out, keep the dtype of X (float64 by default, on the CPU), and go through pipelines,
-grid searches and `clone`.
+Both find their own bandwidth by leave-one-out, keep the dtype of X (float64 by default), and go through pipelines, grid searches
+and `clone`. Float64 is computed in float64 by plain JAX, and in float32 by kernels and on a TPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ class _Kernel(BaseEstimator):
   """What both estimators share: how X arrives, which dtype is computed in, which bandwidth is taken."""
 
   bandwidth: Any
+  X_: Any
+  sample_weight_: Any
+  bandwidth_: Any
   tol: float
   implementation: str | None
 
@@ -29,6 +32,17 @@ class _Kernel(BaseEstimator):
     """float64 for float64 data, where it can be computed."""
     kernels = self.implementation not in (None, "xla") or _plan.platform() == "tpu"
     return contextlib.nullcontext() if X.dtype == np.float32 or kernels else jax.enable_x64(True)
+
+  def _as_data(self, results: Any) -> Any:
+    """NumPy arrays in the dtype of the data, whatever it was computed in."""
+    return jax.tree.map(lambda a: np.asarray(a, self.X_.dtype), results)
+
+  def _log_density(self, X: Any) -> Any:
+    check_is_fitted(self)
+    X = validate_data(self, X, dtype=self.X_.dtype, reset=False)
+    with self._wide(self.X_):
+      return self._as_data(regression.log_density(
+          self.X_, X, self.bandwidth_, sample_weight=self.sample_weight_, **self._options()))
 
   def _options(self) -> dict[str, Any]:
     return {"tol": self.tol, "implementation": self.implementation}
@@ -108,27 +122,25 @@ class NadarayaWatson(MultiOutputMixin, RegressorMixin, _Kernel):
     that divided by the square root of `stats(X).effective_sample_size`.
     """
     if not return_std:
-      return np.asarray(self._regress(X, return_stats=False))
+      return self._regress(X, return_stats=False)
     mean, stats = self._regress(X, return_stats=True)
-    return np.asarray(mean), np.sqrt(np.asarray(stats.variance))
+    return mean, np.sqrt(stats.variance)
 
   def stats(self, X: Any) -> regression.RegressionStats:
     """Everything that the pass knows at `X [n, n_features]`: `jflash.RegressionStats`, as NumPy arrays."""
-    return jax.tree.map(np.asarray, self._regress(X, return_stats=True)[1])
+    return self._regress(X, return_stats=True)[1]
 
   def log_density(self, X: Any) -> Any:
     """The log of the kernel density estimate of the fitted X, with the same bandwidth, at `X [n, n_features]`: `[n]`."""
-    check_is_fitted(self)
-    X = validate_data(self, X, dtype=self.X_.dtype, reset=False)
-    with self._wide(self.X_):
-      return np.asarray(regression.log_density(self.X_, X, self.bandwidth_, sample_weight=self.sample_weight_, **self._options()))
+    return self._log_density(X)
 
   def _regress(self, X: Any, return_stats: bool) -> Any:
     check_is_fitted(self)
     X = validate_data(self, X, dtype=self.X_.dtype, reset=False)
     with self._wide(self.X_):
-      return regression.kernel_regression(self.X_, self.y_, X, self.bandwidth_, order=self.order, sample_weight=self.sample_weight_,
-                                          return_stats=return_stats, **self._options())
+      return self._as_data(regression.kernel_regression(
+          self.X_, self.y_, X, self.bandwidth_, order=self.order, sample_weight=self.sample_weight_, return_stats=return_stats,
+          **self._options()))
 
 
 class KernelDensity(DensityMixin, _Kernel):
@@ -170,10 +182,7 @@ class KernelDensity(DensityMixin, _Kernel):
 
   def score_samples(self, X: Any) -> Any:
     """The log density at `X [n, n_features]`: `[n]`."""
-    check_is_fitted(self)
-    X = validate_data(self, X, dtype=self.X_.dtype, reset=False)
-    with self._wide(self.X_):
-      return np.asarray(regression.log_density(self.X_, X, self.bandwidth_, sample_weight=self.sample_weight_, **self._options()))
+    return self._log_density(X)
 
   def score(self, X: Any, y: Any = None) -> float:
     """The summed log density of X: the log likelihood."""
