@@ -60,6 +60,16 @@ def test_copies_are_weights_and_do_not_vouch_for_each_other(criterion):
   np.testing.assert_allclose(other, value, rtol=1e-9)
 
 
+def test_the_order_of_rows_does_not_matter():
+  x, y, rng = data(60)
+  weight = rng.integers(0, 4, len(x))
+  order = np.repeat(rng.permutation(len(x)), weight[rng.permutation(len(x))])
+  count = np.bincount(order, minlength=len(x))
+  found, value = select_bandwidth(x, y, sample_weight=count)
+  again, other = select_bandwidth(x[order], y[order])
+  assert (found == again).all() and value == other, "float32, and the same bits"
+
+
 def test_a_feature_that_says_nothing_is_switched_off():
   x, y, rng = data(300, 3)
   y = np.sin(6 * x[:, 0]) + x[:, 2] ** 2 + 0.1 * rng.normal(size=len(x))

@@ -71,7 +71,9 @@ def select_bandwidth(x: Any, y: Any, *, criterion: str = "loo", order: str = "co
 
 
 def _distinct(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, None, float, Any]:
-  """x, y and weight with equal rows merged and without rows of no weight, as the arguments of `prepare`."""
+  """x, y and weight with equal rows merged and without rows of no weight, as the arguments of `prepare`; sorted, so that the order
+  of rows does not matter, to the last digit.
+  """
   _points.prepare(x, y, None, 1.0, sample_weight, exclude_self=True, tol=0.0)  # errors in the terms of what was passed
   x, y = np.asarray(x), None if y is None else np.asarray(y)
   weight = np.ones(len(x)) if sample_weight is None else np.asarray(sample_weight, np.float64)
@@ -82,8 +84,6 @@ def _distinct(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, None, float
   if len(first) < 2:
     raise ValueError(f"`x` has {len(x)} points (n_samples = {len(x)}), of which {len(first)} is different from the others and has "
                      "a weight; a bandwidth is found from at least two.")
-  order = np.argsort(first)
-  first, weight = first[order], weight[order]
   equal = (weight == weight[0]).all()
   return x[first], None if y is None else y[first], None, 1.0, None if equal else weight / weight.mean()
 
