@@ -61,8 +61,8 @@ def kernel_regression(x: Any, y: Any, x_query: Any, bandwidth: Any, *, order: st
     implementation: as for `jflash.attention`: None, "xla" or "tpu".
 
   Returns:
-    `mean [m]` (or `[m, p]`), and with `return_stats` a `RegressionStats`. A query far from all data gets the value of
-    its nearest neighbour. Differentiable in x, y, x_query, bandwidth and sample_weight.
+    `mean [m]` (or `[m, p]`), and with `return_stats` a `RegressionStats`. A query so far from all data that one point has all the
+    weight gets its value. Differentiable in x, y, x_query, bandwidth and sample_weight.
 
   Raises:
     ValueError: shapes or values do not fit, with both sides named. Values are looked at only where they are not traced.

@@ -22,7 +22,7 @@ class Fit(NamedTuple):
 
 
 def values(order: str, y: Any, k: Any, stats: bool) -> Any:
-  """What the pass has to average, `[n, E]`; `split` takes it apart again."""
+  """What the pass has to average, `[n, E]`; the fits take it apart again."""
   columns = [y]
   if order == "linear":
     i, j = np.triu_indices(k.shape[1])
