@@ -9,18 +9,15 @@ is saved for the backward pass is q, k, v, out, lse and the logits' own arrays: 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import core
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from . import _backends, _plan, _xla
+from ._linear import linear_map
 from ._problem import Problem
 
 OUT_NAME, LSE_NAME = "jflash_out", "jflash_lse"  # for policies of `jax.checkpoint`
@@ -45,14 +42,11 @@ def _attend_jvp(backend, plan, primals, tangents):
     moving = iter(moving)
     zero = lambda x: jnp.zeros(x.shape, x.dtype)
     dproblem = structure.unflatten([next(moving) if m else zero(x) for m, x in zip(moves, jax.tree.leaves(problem))])
-    if backend != "xla":  # no kernel has a forward-mode pass of its own
-      plain = _plan.plan_xla(problem)
-      return _xla.tangent(problem, plain, _plan.make_schedule(problem, plain), out, lse, dproblem)
-    return _xla.tangent(problem, plan, schedule, out, lse, dproblem)
+    return _xla.tangent(problem, *_in_plain_jax(backend, plan, problem, schedule), out, lse, dproblem)
 
   def transpose(residuals, cotangents):
     problem, schedule, out, lse = residuals
-    dq, dk, dv, dlogits = _backends.get(backend).load().cotangent(problem, plan, schedule, out, lse, *cotangents, wanted=moves[3:])
+    dq, dk, dv, dlogits = _cotangent(backend, plan, moves[3:], problem, schedule, out, lse, *cotangents)
     return [g for m, g in zip(moves[:3], (dq, dk, dv)) if m] + dlogits
 
   moving = [d for m, d in zip(moves, dleaves) if m]
@@ -64,77 +58,30 @@ def _attend_jvp(backend, plan, primals, tangents):
 attend.defjvp(_attend_jvp, symbolic_zeros=True)
 
 
-# A linear map with its own transpose ----------------------------------------------------------------------------------
-
-_linear_p = Primitive("jflash_linear_map")
-_linear_p.multiple_results = True
-
-
-def linear_map(apply: Callable, transpose: Callable, residuals: Any, operands: Any) -> Any:
-  """`apply(residuals, operands)`, linear in the operands, whose transpose is `transpose(residuals, cotangents)`."""
-  constants, constants_tree = jax.tree.flatten(residuals)
-  linear, linear_tree = jax.tree.flatten(operands)
-  out_tree = jax.tree.structure(jax.eval_shape(apply, residuals, operands))
-
-  def flat_apply(constants, linear):
-    return jax.tree.leaves(apply(constants_tree.unflatten(constants), linear_tree.unflatten(linear)))
-
-  def flat_transpose(constants, cotangents):
-    return jax.tree.leaves(transpose(constants_tree.unflatten(constants), out_tree.unflatten(cotangents)))
-
-  outs = _linear_p.bind(*constants, *linear, apply=flat_apply, transpose=flat_transpose, constants=len(constants))
-  return out_tree.unflatten(outs)
+def _in_plain_jax(backend, plan, problem, schedule):
+  """(plan, schedule) of the plain-JAX backend, for what no kernel has a pass of its own."""
+  if backend == "xla":
+    return plan, schedule
+  plain = _plan.plan_xla(problem)
+  return plain, _plan.make_schedule(problem, plain)
 
 
-@_linear_p.def_impl
-def _linear_impl(*args, apply, transpose, constants):
-  del transpose
-  return apply(list(args[:constants]), list(args[constants:]))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _kernel_cotangent(backend, plan, wanted, *args):
+  return _backends.get(backend).load().cotangent(args[0], plan, *args[1:], wanted=wanted)
 
 
-@_linear_p.def_abstract_eval
-def _linear_abstract_eval(*avals, apply, transpose, constants):
-  del transpose
-  outs = jax.eval_shape(apply, list(avals[:constants]), list(avals[constants:]))
-  return [core.ShapedArray(x.shape, x.dtype) for x in outs]
+@_kernel_cotangent.defjvp
+def _kernel_cotangent_jvp(backend, plan, wanted, primals, tangents):
+  """Of second order: the derivative of the plain-JAX pass, which computes the same."""
+  problem, schedule, *rest = primals
+  plain, visits = _in_plain_jax(backend, plan, problem, schedule)
+  moved = jax.jvp(lambda problem, *rest: _xla.cotangent(problem, plain, visits, *rest, wanted=wanted), [problem, *rest],
+                  [tangents[0], *tangents[2:]])[1]
+  return _kernel_cotangent(backend, plan, wanted, *primals), moved
 
 
-def _linear_jvp(primals, tangents, **params):
-  """Linear in the operands; derivatives in the residuals, for second orders, are those of `apply` itself."""
-  n = params["constants"]
-  outs = _linear_p.bind(*primals, **params)
-  if all(type(t) is ad.Zero for t in tangents[:n]):
-    return outs, _linear_p.bind(*primals[:n], *map(ad.instantiate_zeros, tangents[n:]), **params)
-  moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
-
-  def of_moving(*values):
-    args = list(primals)
-    for i, value in zip(moving, values):
-      args[i] = value
-    return params["apply"](args[:n], args[n:])
-
-  return outs, jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])[1]
-
-
-def _linear_transpose(cotangents, *args, apply, transpose, constants):
-  given = [ad.instantiate_zeros(c) for c in cotangents]
-  outs = _linear_p.bind(*args[:constants], *given, apply=transpose, transpose=apply, constants=constants)
-  grads = [out if ad.is_undefined_primal(x) else None for out, x in zip(outs, args[constants:])]
-  return [None] * constants + grads
-
-
-def _linear_batch(args, dims, *, apply, transpose, constants):
-  """Every operand gets the batch axis, so that its cotangent has it too; JAX sums that over the batch where it must."""
-  size = next(x.shape[d] for x, d in zip(args, dims) if d is not None)
-  front = lambda x, d: jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
-  linear = [front(x, d) for x, d in zip(args[constants:], dims[constants:])]
-  axes = (list(dims[:constants]), 0)
-  outs = _linear_p.bind(*args[:constants], *linear, constants=constants, apply=jax.vmap(apply, axes),
-                        transpose=jax.vmap(transpose, axes))
-  return outs, [0] * len(outs)
-
-
-ad.primitive_jvps[_linear_p] = _linear_jvp
-ad.primitive_transposes[_linear_p] = _linear_transpose
-batching.primitive_batchers[_linear_p] = _linear_batch
-mlir.register_lowering(_linear_p, mlir.lower_fun(_linear_impl, multiple_results=True))
+def _cotangent(backend, plan, wanted, problem, schedule, *rest):
+  if backend == "xla":
+    return _xla.cotangent(problem, plan, schedule, *rest, wanted=wanted)
+  return _kernel_cotangent(backend, plan, wanted, problem, schedule, *rest)

@@ -55,6 +55,10 @@ class Logits:
       s = cap * jnp.tanh(hide(s) / cap)
     return s if keep is None else jnp.where(keep, s, -jnp.inf)
 
+  def drop(self, weights: Any) -> Any:
+    """A tile of weights, or of what multiplies them, after dropout."""
+    return weights
+
   def _keep(self, at: Coordinates, inside: Any) -> Any:
     keep = None if self.mask is None else self.mask.keep(at)
     return inside if keep is None else keep if inside is None else keep & inside

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,23 +32,39 @@ class Chunk(NamedTuple):
 class Walk:
   """One pass over a problem, in chunks of `Bc` batch elements and `Kc` kv heads and in tiles of rows and columns.
 
-  Arrays are filled up with zeros to whole tiles. A tile of scores has shape `[Bc, Kc, G, rows, columns]`.
+  It holds sizes and no arrays. Arrays are filled up with zeros to whole tiles. A tile of scores has shape
+  `[Bc, Kc, G, rows, columns]`.
   """
 
   def __init__(self, problem: Problem, plan: Plan):
     self.plan = plan
     self.sizes = problem.queries, problem.keys
+    self.counts = tuple(-(-size // tile) for size, tile in zip(self.sizes, plan.tiles))
     self.batch, self.kv_heads, self.groups = problem.batch, problem.kv_heads, problem.groups
     self.dtype = problem.dtype
     self.precision = lax.Precision.HIGHEST if problem.q.dtype == jnp.float32 else None
-    self.q, self.k, self.v = self.fill(problem.q, 0), self.fill(problem.k, 1), self.fill(problem.v, 1)
-    both = lambda x: functools.reduce(lambda y, side: y if y.shape[side + 2] == 1 else self.fill(y, side, side + 2), (0, 1), x)
-    self.logits = jax.tree.map(both, problem.logits)
+    self.structure = jax.tree.structure(problem.logits)
     self.product = problem.product
-    self.algebra = products.Algebra(
+
+  @property
+  def algebra(self) -> products.Algebra:
+    return products.Algebra(
         nt=functools.partial(self.dot, "bkgth,bksh->bkgts"), nn=functools.partial(self.dot, "bkgts,bksh->bkgth"),
         tn=functools.partial(self.dot, "bkgts,bkgth->bksh"), lay_down=lambda x: x[:, :, None].swapaxes(-1, -2),
         over_rows=lambda s: s.sum((2, 3))[..., None])
+
+  def widened(self) -> Walk:
+    """The same walk over tiles that are all converted to the dtype of the scores."""
+    wide = copy.copy(self)
+    wide.plan = dataclasses.replace(self.plan, widen=True)
+    wide.precision = lax.Precision.HIGHEST
+    return wide
+
+  def arrays(self, problem: Problem) -> tuple[Any, Any, Any, list[Any]]:
+    """q, k, v and the arrays of the logits, filled up to whole tiles."""
+    both = lambda x: functools.reduce(lambda y, side: y if y.shape[side + 2] == 1 else self.fill(y, side, side + 2), (0, 1), x)
+    return (self.fill(problem.q, 0), self.fill(problem.k, 1), self.fill(problem.v, 1),
+            [both(x) for x in jax.tree.leaves(problem.logits)])
 
   def fill(self, x: Any, side: int, axis: int = 1, value: float = 0) -> Any:
     """Fills an axis that runs along the queries (side 0) or the keys (side 1) up with `value` to whole tiles."""
@@ -68,7 +86,7 @@ class Walk:
       b, h = number // (self.kv_heads // heads) * batch, number % (self.kv_heads // heads) * heads
       pick = lambda x: x[b if lists > 1 else 0, h if kv_lists > 1 else 0]
       chunk = Chunk(b, h, pick(visits.codes), pick(visits.starts))
-      return _loop(self.q.shape[1] // self.plan.tiles[0], functools.partial(body, chunk), carry)
+      return _loop(self.counts[0], functools.partial(body, chunk), carry)
 
     return _loop((self.batch // batch) * (self.kv_heads // heads), each_chunk, init)
 
@@ -109,11 +127,8 @@ class Walk:
 
   # Tiles of the logits ------------------------------------------------------------------------------------------------
 
-  def leaves(self, chunk: Chunk, i: Any, j: Any) -> list[Any]:
-    """Tile (i, j) of every array of the logits, `[Bc|1, Kc|1, G|1, rows|1, columns|1, …]`, floats in the scores' dtype."""
-    return [self._leaf(x, chunk, i, j) for x in jax.tree.leaves(self.logits)]
-
-  def _leaf(self, x: Any, chunk: Chunk, i: Any, j: Any) -> Any:
+  def leaf(self, x: Any, chunk: Chunk, i: Any, j: Any) -> Any:
+    """Tile (i, j) of an array of the logits, `[Bc|1, Kc|1, G|1, rows|1, columns|1, …]`, floats in the scores' dtype."""
     start, size = self._leaf_slice(x, chunk, i, j)
     x = lax.dynamic_slice(x, start, size)
     x = x.reshape(size[0], *((1, 1) if size[1] == 1 else (self.plan.chunk[1], self.groups)), *size[2:])
@@ -134,7 +149,7 @@ class Walk:
 
   def scores(self, leaves: list[Any], qk: Any, chunk: Chunk, i: Any, j: Any, masked: bool) -> Any:
     """The scores of tile (i, j), given that tile's leaves."""
-    logits: Logits = jax.tree.unflatten(jax.tree.structure(self.logits), leaves)
+    logits: Logits = jax.tree.unflatten(self.structure, leaves)
     (batch, heads), (rows, columns) = self.plan.chunk, self.plan.tiles
     iota = lambda size, axis: lax.broadcasted_iota(jnp.int32, tuple(size if a == axis else 1 for a in range(5)), axis)
     head = (chunk.kv_head + iota(heads, 1)) * self.groups + iota(self.groups, 2)
@@ -143,6 +158,10 @@ class Walk:
     edges = [n < size for n, size, tile in ((row, self.sizes[0], rows), (column, self.sizes[1], columns)) if size % tile]
     inside = functools.reduce(jnp.logical_and, edges) if edges else None
     return logits.scores(qk, logits.coordinates(chunk.batch + iota(batch, 0), head, row, column), masked, inside)
+
+  def drop(self, leaves: list[Any], x: Any) -> Any:
+    """Dropout of a tile of weights, or of what multiplies them, given that tile's leaves."""
+    return jax.tree.unflatten(self.structure, leaves).drop(x)
 
 
 def _start(*indices: Any) -> tuple[Any, ...]:
