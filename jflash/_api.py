@@ -6,7 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from . import _autodiff, _backends, _check, _mask, _plan, masks
+from pallas_kernels import softmax
+
+from . import _autodiff, _backends, _check, _dropout, _mask, _plan, _program, masks
 from ._logits import Logits
 from ._problem import Problem
 
@@ -16,13 +18,14 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
               local_window_size: int | tuple[int, int] | None = None, implementation: str | None = None,
               return_residual: bool = False, query_positions: Any = None, key_value_positions: Any = None,
               query_segment_ids: Any = None, key_value_segment_ids: Any = None, logits_soft_cap: Any = None,
-              alibi_slopes: Any = None) -> Any:
+              alibi_slopes: Any = None, score_mod: Any = None, score_operands: Any = (), sinks: Any = None,
+              dropout_rate: float = 0.0, dropout_key: Any = None, batch_ids: Any = None, head_ids: Any = None) -> Any:
   r"""Exact attention in linear memory; a superset of `jax.nn.dot_product_attention`.
 
-      s   = cap(scale · q·k + bias - slope · |q position - k position|), -inf where the mask keeps nothing
-      lse = log Σ_k exp(s)            out = Σ_k exp(s - lse) v
+      s   = cap(score_mod(scale · q·k + bias - slope · |q position - k position|)), -inf where the mask keeps nothing
+      lse = log(exp(sink) + Σ_k exp(s))            out = Σ_k drop(exp(s - lse)) v
 
-  with cap(x) = c · tanh(x / c). Scores and sums are float32 (float64 for float64 inputs). B batch, T queries, S keys, N
+  with cap(x) = c · tanh(x / c); terms that are not given are left out. Scores and sums are float32 (float64 for float64 inputs). B batch, T queries, S keys, N
   query heads, K key/value heads (N a multiple of K), H query/key width, E value width; all sizes >= 1.
 
   Args:
@@ -44,6 +47,15 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
     query_segment_ids, key_value_segment_ids: integers of the same shapes; a query sees only keys of its own segment.
     logits_soft_cap: c > 0 as above. A number, or a scalar array, which gets a gradient.
     alibi_slopes: `[N]` or `[B, N]`, with a gradient (Press et al., arXiv:2108.12409).
+    score_mod: `score_mod(score, batch, head, query position, key position, *score_operands) -> score`, any traceable function
+      of scores and of integers that broadcast against them; it is part of the compiled program, so define it once.
+    score_operands: arrays for `score_mod`, handed over whole, to be indexed: `slopes[head]`. Floats get a gradient, and so does what
+      `score_mod` closes over.
+    sinks: `[N]`, a logit more for each query head, which takes its share of the weights and has no value; with a gradient.
+    dropout_rate: share of the weights that are dropped, a number 0 <= rate < 1; what is left is divided by 1 - rate.
+    dropout_key: a key from `jax.random.key`. Which weights are dropped depends on it, on batch, head and positions, and on nothing else.
+    batch_ids, head_ids: integers `[B]` and `[N]` in place of batch and head numbers in `score_mod`, `masks.Custom` and dropout:
+      what a shard holds of a larger batch.
 
   Returns:
     `out [B, T, N, E]` in the inputs' dtype; with `return_residual` also `lse [B, T, N]`, float32 (float64 for float64), which
@@ -67,19 +79,34 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
                          key_value_seq_lengths=key_value_seq_lengths, local_window_size=local_window_size,
                          query_positions=query_positions, key_value_positions=key_value_positions,
                          query_segment_ids=query_segment_ids, key_value_segment_ids=key_value_segment_ids,
-                         logits_soft_cap=logits_soft_cap, alibi_slopes=alibi_slopes)
-  backend, _ = _backends.select(problem, implementation)
-  plan = backend.plan(problem)
-  visits = _plan.make_schedule(problem, plan)
-  out, lse = _autodiff.attend(backend.name, _plan.settle(plan, visits), problem, visits)
+                         logits_soft_cap=logits_soft_cap, alibi_slopes=alibi_slopes, score_mod=score_mod,
+                         score_operands=score_operands, dropout_rate=dropout_rate, dropout_key=dropout_key,
+                         batch_ids=batch_ids, head_ids=head_ids)
+  out, lse = compute(problem, sinks, implementation)
   if jnp.ndim(query) == 3:
     out, lse = out[0], lse[0]
   return (out, lse) if return_residual else out
 
 
+def compute(problem: Problem, sinks: Any, implementation: str | None) -> tuple[Any, Any]:
+  """`(out [B, T, N, E], lse [B, T, N])` by the backend that is named or chosen."""
+  if sinks is not None:
+    sinks = _check.sinks(sinks, problem.heads)
+  backend, _ = _backends.select(problem, implementation)
+  plan = backend.plan(problem)
+  visits = _plan.make_schedule(problem, plan)
+  out, lse = _autodiff.attend(backend.name, _plan.settle(plan, visits), problem, visits)
+  if sinks is None:
+    return out, lse
+  # A key more for every row, whose value is 0.
+  merged, lse = softmax.merge((out.astype(lse.dtype), lse), (jnp.zeros((), lse.dtype), jnp.asarray(sinks).astype(lse.dtype)))
+  return merged.astype(out.dtype), lse
+
+
 def make_problem(query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scale: Any, is_causal: bool, query_seq_lengths: Any,
                  key_value_seq_lengths: Any, local_window_size: Any, query_positions: Any, key_value_positions: Any,
-                 query_segment_ids: Any, key_value_segment_ids: Any, logits_soft_cap: Any, alibi_slopes: Any) -> Problem:
+                 query_segment_ids: Any, key_value_segment_ids: Any, logits_soft_cap: Any, alibi_slopes: Any, score_mod: Any, score_operands: Any,
+                 dropout_rate: Any, dropout_key: Any, batch_ids: Any, head_ids: Any) -> Problem:
   """The arguments of `attention`, checked and laid out."""
   q, k, v = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
   _check.inputs(q, k, v)
@@ -90,6 +117,10 @@ def make_problem(query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scal
     sizes = sizes._replace(query_positions=_check.per_query(query_positions, sizes, "query_positions"))
   if key_value_positions is not None:
     sizes = sizes._replace(key_positions=_check.per_key(key_value_positions, sizes, "key_value_positions"))
+  if batch_ids is not None:
+    sizes = sizes._replace(batch_ids=_check.ids(batch_ids, sizes.batch, "batch_ids", "batch elements").reshape(-1, 1, 1, 1))
+  if head_ids is not None:
+    sizes = sizes._replace(head_ids=_check.ids(head_ids, sizes.heads, "head_ids", "heads").reshape(1, -1, 1, 1))
   _check.both_or_none(query_segment_ids, "query_segment_ids", key_value_segment_ids, "key_value_segment_ids")
 
   parts: list[_mask.Mask] = []
@@ -106,12 +137,20 @@ def make_problem(query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scal
   if query_segment_ids is not None:
     parts.append(masks.Segments(_check.per_query(query_segment_ids, sizes, "query_segment_ids"),
                                 _check.per_key(key_value_segment_ids, sizes, "key_value_segment_ids")))
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  operands = _check.score_operands(score_operands, score_mod)
+  if score_mod is not None:
+    _check.score_mod(score_mod, operands, dtype)
+  key_of_dropout = _check.dropout(dropout_rate, dropout_key)
   logits = Logits(
       scale=q.shape[-1]**-0.5 if scale is None else _check.real_scalar(scale, "scale"),
       bias=None if bias is None else _check.bias(bias, sizes),
       alibi_slopes=None if alibi_slopes is None else _check.slopes(alibi_slopes, sizes),
       soft_cap=None if logits_soft_cap is None else _check.positive(logits_soft_cap, "logits_soft_cap"),
-      mask=_all_of(parts), query_positions=sizes.query_positions, key_positions=sizes.key_positions)
+      mask=_all_of(parts), query_positions=sizes.query_positions, key_positions=sizes.key_positions,
+      batch_ids=sizes.batch_ids, head_ids=sizes.head_ids,
+      score_mod=None if score_mod is None else _program.bind(score_mod, operands, sizes, dtype),
+      dropout=None if key_of_dropout is None else _dropout.bind(float(dropout_rate), key_of_dropout, sizes))
   return Problem(q, k, v, logits)
 
 

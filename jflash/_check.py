@@ -87,6 +87,112 @@ def slopes(x: Any, sizes: Any) -> Any:
   return x.reshape((1, sizes.heads, 1, 1) if x.ndim == 1 else (sizes.batch, sizes.heads, 1, 1))
 
 
+def ids(x: Any, size: int, name: str, of: str) -> Any:
+  """Integers, one for each batch element or head."""
+  x = integers(x, name)
+  if x.shape != (size,):
+    raise ValueError(f"`{name}` has shape {x.shape} and `query` has {size} {of}; pass one integer for each, ({size},).")
+  return x
+
+
+def sinks(x: Any, heads: int) -> Any:
+  """One float for each query head."""
+  x = as_array(x)
+  if x.shape != (heads,):
+    raise ValueError(f"`sinks` has shape {x.shape} and `query` has {heads} heads; pass one logit per query head, ({heads},).")
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f"`sinks` has dtype {x.dtype}; cast it to float32.")
+  return x
+
+
+# Dropout --------------------------------------------------------------------------------------------------------------
+
+
+def dropout(rate: Any, key: Any) -> Any:
+  """The key as a JAX array, or None where nothing is dropped."""
+  if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)):
+    raise TypeError(f"`dropout_rate` is {rate!r}; pass a Python number, 0 <= rate < 1, which is part of the compiled program.")
+  if not 0 <= rate < 1:
+    raise ValueError(f"`dropout_rate` is {rate}; it must be at least 0 and less than 1.")
+  if rate == 0:
+    return None
+  if key is None:
+    raise ValueError(f"`dropout_rate` is {rate} and `dropout_key` is None; pass a key, jax.random.key(seed), and another one at every "
+                     "step, or dropout_rate=0.")
+  typed = jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key)
+  raw = not typed and getattr(key, "dtype", None) == jnp.uint32
+  if not (typed and key.shape == () or raw and key.shape in ((2,), (4,))):
+    what = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
+    raise ValueError(f"`dropout_key` is {what}; pass one key, jax.random.key(seed). Under jax.vmap, map over the keys.")
+  return jnp.asarray(key) if raw else key
+
+
+# Functions of scores and positions ------------------------------------------------------------------------------------
+
+
+def mask_function(fn: Any, operands: Any) -> None:
+  """Tries the function of a `masks.Custom`."""
+  name = f"masks.Custom({getattr(fn, '__name__', fn)!s})"
+  result, full = _try(fn, operands, name, None)
+  if result.dtype != np.bool_:
+    boolean(result, f"the value of {name}")
+  if np.broadcast_shapes(result.shape, full) != full:
+    raise ValueError(_shape_message(name, result.shape, full, operands))
+
+
+def score_mod(fn: Any, operands: Any, dtype: Any) -> None:
+  """Tries a `score_mod` on scores of a type."""
+  if not callable(fn):
+    raise TypeError(f"`score_mod` is {fn!r}; pass a function (score, batch, head, query position, key position, *operands) -> score.")
+  name = f"`score_mod` {getattr(fn, '__name__', fn)!s}"
+  result, full = _try(fn, operands, name, dtype)
+  if result.shape != full:
+    raise ValueError(_shape_message(name, result.shape, full, operands))
+  if result.dtype != dtype:
+    raise ValueError(f"{name} returns {result.dtype} and scores are {np.dtype(dtype)}; compute in the scores' dtype, or end with "
+                     ".astype(score.dtype).")
+
+
+def score_operands(operands: Any, score_mod: Any) -> list[Any]:
+  if not isinstance(operands, (tuple, list)):
+    raise TypeError(f"`score_operands` is {type(operands).__name__}; pass a tuple of arrays, (array,) for a single one.")
+  if operands and score_mod is None:
+    raise ValueError(f"`score_operands` has {len(operands)} arrays and `score_mod` is None; pass both.")
+  return list(operands)
+
+
+def _try(fn: Any, operands: Any, name: str, score_dtype: Any) -> tuple[Any, tuple[int, ...]]:
+  """What the function returns for a tile whose sizes are those of no operand, and the shape of that tile."""
+  taken = {size for x in operands for size in np.shape(x)}
+  full: tuple[int, ...] = tuple([n for n in (11, 13, 17, 19, *range(101, 1000, 2)) if n not in taken][:4])
+  along = lambda axis: jax.ShapeDtypeStruct(tuple(n if a == axis else 1 for a, n in enumerate(full)), np.int32)
+  wide = lambda x: (score_dtype or jnp.promote_types(x.dtype, np.float32)) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+  arrays = [jnp.asarray(x) for x in operands]
+  structs = [jax.ShapeDtypeStruct(x.shape, wide(x)) for x in arrays]
+  score = [] if score_dtype is None else [jax.ShapeDtypeStruct(full, score_dtype)]
+  try:
+    result = jax.eval_shape(fn, *score, *map(along, range(4)), *structs)
+  except (TypeError, ValueError, IndexError) as error:
+    raise type(error)(f"{name} fails on a tile of scores {full} with positions {tuple(s.shape for s in map(along, range(4)))}"
+                      f"{_with(operands)}: {str(error).strip().splitlines()[0]}{_INDEX}") from error
+  if not hasattr(result, "dtype"):
+    raise TypeError(f"{name} returns {type(result).__name__}; it must return one array.")
+  return result, full
+
+
+_INDEX = " Operands come whole, in their own shape: index them, as in slopes[head] or table[head, bucket(query - key)]."
+
+
+def _with(operands: Any) -> str:
+  shapes = ", ".join(str(np.shape(x)) for x in operands)
+  return f" and operands of shape {shapes}" if shapes else ""
+
+
+def _shape_message(name: str, shape: Any, full: Any, operands: Any) -> str:
+  return (f"{name} returns shape {shape} for a tile of scores {full}{_with(operands)}; it must return one value for each score."
+          f"{_INDEX if operands else ''}")
+
+
 # Arrays of masks, laid out as [B|1, N|1, T|1, S|1] --------------------------------------------------------------------
 
 

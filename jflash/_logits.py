@@ -1,8 +1,9 @@
-"""Everything between q·k and the softmax: scale, bias, ALiBi, soft cap and mask, as one pytree that every backend maps.
+"""Everything between q·k and the weights: scale, bias, ALiBi, score_mod, soft cap, mask and dropout, as one pytree that every backend
+maps.
 
 Its arrays are laid out as `[B|1, N|1, T|1, S|1, …]`, where a size of one broadcasts; the shape is the label. With tiles in
 place of its arrays it computes the scores of a tile, with spans in place of them it says which tiles matter, and `jax.vjp`
-of it is the only derivative of bias, ALiBi, cap and mask that there is.
+of it is the only derivative of bias, ALiBi, score_mod, cap and mask that there is.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._dropout import Dropout
 from ._mask import Coordinates, Mask, Span
+from ._program import Program
 from ._pytree import pytree
 
 
 @pytree
 class Logits:
-  """s = cap(scale · q·k + bias - slope · |q position - k position|), and -inf where the mask does not keep."""
+  """s = cap(score_mod(scale · q·k + bias - slope · |q position - k position|)), and -inf where the mask does not keep."""
 
   scale: Any  # a float or [1, 1, 1, 1]
   bias: Any = None  # [B|1, N|1, T|1, S|1]
@@ -28,11 +31,16 @@ class Logits:
   mask: Mask | None = None
   query_positions: Any = None  # [B|1, 1, T, 1]
   key_positions: Any = None  # [B|1, 1, 1, S]
+  batch_ids: Any = None  # [B, 1, 1, 1] or [1, 1, T, 1]
+  head_ids: Any = None  # [1, N, 1, 1]
+  score_mod: Program | None = None
+  dropout: Dropout | None = None
 
-  def coordinates(self, batch: Any, head: Any, row: Any, column: Any) -> Coordinates:
-    q = row if self.query_positions is None else self.query_positions
-    k = column if self.key_positions is None else self.key_positions
-    return Coordinates(batch, head, row, column, q, k)
+  def coordinates(self, batch: Any, head: Any, row: Any, column: Any, take: Any = None) -> Coordinates:
+    """Where a tile lies, given its batch, head, row and column numbers; `take` reads a table by an index per score."""
+    given = lambda own, number: number if own is None else own
+    return Coordinates(given(self.batch_ids, batch), given(self.head_ids, head), row, column, given(self.query_positions, row),
+                       given(self.key_positions, column), take)
 
   def scores(self, qk: Any, at: Coordinates, masked: bool, inside: Any = None) -> Any:
     """The scores of a tile from its products `qk`.
@@ -50,6 +58,8 @@ class Logits:
       s = s + as_scores(self.bias)
     if self.alibi_slopes is not None:
       s = s - as_scores(self.alibi_slopes) * jnp.abs(at.q - at.k).astype(qk.dtype)
+    if self.score_mod is not None:
+      s = self.score_mod.on_tile(at, keep, hide(s))
     if self.soft_cap is not None:
       cap = as_scores(self.soft_cap)
       s = cap * jnp.tanh(hide(s) / cap)
@@ -57,7 +67,7 @@ class Logits:
 
   def drop(self, weights: Any) -> Any:
     """A tile of weights, or of what multiplies them, after dropout."""
-    return weights
+    return weights if self.dropout is None else self.dropout.on_tile(weights)
 
   def _keep(self, at: Coordinates, inside: Any) -> Any:
     keep = None if self.mask is None else self.mask.keep(at)
@@ -68,8 +78,9 @@ class Logits:
     counts = -(-queries // tiles[0]), -(-keys // tiles[1])
     if self.mask is None:
       return np.ones((1, 1, *counts), bool), np.ones((1, 1, *counts), bool)
-    spans = jax.tree.map(lambda x: _span(x, tiles), Logits(1.0, None, None, None, self.mask, self.query_positions,
-                                                           self.key_positions))
+    positions = Logits(1.0, mask=self.mask, query_positions=self.query_positions, key_positions=self.key_positions)
+    is_program = lambda x: isinstance(x, Program)  # what a function looks up decides nothing about tiles
+    spans = jax.tree.map(lambda x: x if is_program(x) else _span(x, tiles), positions, is_leaf=is_program)
     row, column = (_span(np.arange(n, dtype=np.int32).reshape(shape), tiles)
                    for n, shape in ((queries, (1, 1, -1, 1)), (keys, (1, 1, 1, -1))))
     some, every = spans.mask.tile(spans.coordinates(None, None, row, column))

@@ -35,7 +35,7 @@ class Coordinates(NamedTuple):
 
   On elements these are integer arrays that broadcast to the tile (rows and q vary along its second-to-last axis, columns and k
   along its last); on tiles rows, columns, q and k are `Span`s. Positions are the row and column numbers unless the caller
-  gave others.
+  gave others, and so are batch and head numbers.
   """
 
   batch: Any
@@ -44,6 +44,7 @@ class Coordinates(NamedTuple):
   column: Any
   q: Any
   k: Any
+  take: Any = None  # `take(table, index)` of the backend
 
 
 class Sizes(NamedTuple):
@@ -55,6 +56,9 @@ class Sizes(NamedTuple):
   keys: int
   query_positions: Any = None  # [B|1, 1, T, 1]
   key_positions: Any = None  # [B|1, 1, 1, S]
+  batch_ids: Any = None  # [B, 1, 1, 1], or [1, 1, T, 1] where one batch element packs many
+  key_batch_ids: Any = None  # [1, 1, 1, S] in that case
+  head_ids: Any = None  # [1, N, 1, 1]
 
 
 class Mask:

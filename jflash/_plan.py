@@ -15,7 +15,7 @@ import numpy as np
 
 from pallas_kernels import products, schedule
 
-from . import masks
+from . import _program, masks
 from ._mask import parts
 from ._problem import Problem
 
@@ -168,7 +168,11 @@ def tile_table(problem: Problem, plan: Plan) -> tuple[Any, Any]:
 def mask_arrays(problem: Problem) -> list[Any]:
   """The arrays that decide what is kept."""
   logits = problem.logits
-  return [] if logits.mask is None else jax.tree.leaves((logits.mask, logits.query_positions, logits.key_positions))
+  if logits.mask is None:
+    return []
+  is_program = lambda x: isinstance(x, _program.Program)  # what a function looks up decides nothing about tiles
+  leaves = jax.tree.leaves((logits.mask, logits.query_positions, logits.key_positions), is_leaf=is_program)
+  return [x for x in leaves if not is_program(x)]
 
 
 def _table_lead(problem: Problem) -> tuple[int, int]:

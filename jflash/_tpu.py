@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import softmax, tpu
 from pallas_kernels.tpu.backward import Residuals
@@ -21,17 +20,9 @@ def supports(problem: Problem) -> str | None:
   """None, or why the kernels cannot compute this problem."""
   if problem.q.dtype == jnp.float64:
     return "a TPU has no float64; use implementation='xla'"
-  return _closes_over_arrays(problem.logits.mask)
-
-
-def _closes_over_arrays(mask: Any) -> str | None:
-  """Whether a `Custom` function in the mask brings arrays of its own, which a kernel has no way to load."""
-  for part in parts(mask):
-    if isinstance(part, masks.Custom):
-      point = jax.ShapeDtypeStruct((1, 1), np.int32)
-      if any(np.ndim(c) for c in jax.make_jaxpr(part.fn)(*[point] * 4).consts):
-        return f"the function of {part!r} closes over an array; use implementation='xla', or BlockSparse or Dense for a table"
-  return None
+  programs = [part.program for part in parts(problem.logits.mask) if isinstance(part, masks.BoundCustom)]
+  programs += [] if problem.logits.score_mod is None else [problem.logits.score_mod]
+  return next((program.reason for program in programs if program.reason), None)
 
 
 def _call(problem: Problem, plan: _plan.Plan) -> tpu.Call:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -157,11 +158,18 @@ class Walk:
     # Rows past the end count as well: their q is 0, and 0 times a key that is not finite would reach dK and dV.
     edges = [n < size for n, size, tile in ((row, self.sizes[0], rows), (column, self.sizes[1], columns)) if size % tile]
     inside = functools.reduce(jnp.logical_and, edges) if edges else None
-    return logits.scores(qk, logits.coordinates(chunk.batch + iota(batch, 0), head, row, column), masked, inside)
+    return logits.scores(qk, logits.coordinates(chunk.batch + iota(batch, 0), head, row, column, _take), masked, inside)
 
   def drop(self, leaves: list[Any], x: Any) -> Any:
     """Dropout of a tile of weights, or of what multiplies them, given that tile's leaves."""
     return jax.tree.unflatten(self.structure, leaves).drop(x)
+
+
+def _take(table: Any, index: Any) -> Any:
+  """`table[…, index]` with a table `[Bc|1, Kc|1, G|1, 1, 1, 1, n]` and an index that broadcasts to a tile."""
+  lead, n = table.shape[:3], table.shape[-1]
+  which = jnp.arange(math.prod(lead), dtype=np.int32).reshape(*lead, 1, 1) * n
+  return jnp.take(table.reshape(-1), which + index, mode="clip")
 
 
 def _start(*indices: Any) -> tuple[Any, ...]:

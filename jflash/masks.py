@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _check
+from . import _check, _program
 from ._mask import Mask, Sizes, Span, brief, conjunction
 from ._pytree import is_static, pytree
 
@@ -255,18 +255,54 @@ class BlockSparse(Mask):
 
 @pytree
 class Custom(Mask):
-  """Any rule: `fn(batch, head, query position, key position) -> bool`, traceable, on integers that broadcast.
+  """Any rule: `fn(batch, head, query position, key position, *operands) -> bool`, traceable, on integers that broadcast.
 
-  It has no tile rule, so it skips nothing by itself: `Window(255, 0) & Custom(fn)` does. In kernel backends `fn` must not close
-  over arrays.
+  Args:
+    fn: called with arrays that broadcast against each other, and with the operands as they are, to be indexed:
+      `documents[batch, query] == documents[batch, key]`. What it closes over counts as an operand.
+    *operands: arrays, which may be traced.
+    tile: `tile(query span, key span) -> (some, all)`, the same for whole tiles, so that they can be skipped: `some` must be True
+      where any element may be kept, `all` only where every element is. Spans are positions, `.lo` to `.hi`, both inclusive, as arrays
+      that broadcast. Without it nothing is skipped; `Window(255, 0) & Custom(fn)` says as much.
+
+  Raises:
+    ValueError: `fn` fails on the operands, or what it returns is not boolean or does not broadcast.
+
+  Example:
+    >>> near = masks.Custom(lambda b, h, q, k, reach: q - k < reach[h], jax.numpy.array([8, 64]))
   """
 
-  fn: Callable[[Any, Any, Any, Any], Any]
+  fn: Callable[..., Any]
+  operands: Any
+  rule: Callable[[Span, Span], tuple[Any, Any]] | None
+
+  def __init__(self, fn: Callable[..., Any], *operands: Any, tile: Callable[[Span, Span], tuple[Any, Any]] | None = None):
+    for name, value in (("fn", fn), ("operands", list(operands)), ("rule", tile)):
+      object.__setattr__(self, name, value)
+
+  def bind(self, sizes):
+    _check.mask_function(self.fn, self.operands)
+    return BoundCustom(_program.bind(self.fn, self.operands, sizes), self.rule)
+
+  def __repr__(self):
+    return f"Custom({', '.join([f'fn={brief(self.fn)}', *map(brief, self.operands)])})"
+
+
+@pytree
+class BoundCustom(Mask):
+  """A `Custom` whose function is laid out for a problem."""
+
+  program: _program.Program
+  rule: Callable[[Span, Span], tuple[Any, Any]] | None
 
   def keep(self, at):
-    kept = self.fn(at.batch, at.head, at.q, at.k)
-    _check.boolean(kept, f"the value of masks.Custom({brief(self.fn)})")
-    return kept
+    return self.program.on_tile(at)
+
+  def tile(self, at):
+    return super(BoundCustom, self).tile(at) if self.rule is None else self.rule(at.q, at.k)
+
+  def __repr__(self):
+    return f"Custom(fn={brief(self.program.fn)})"
 
 
 def _look_up(array: Any, sizes: Sizes) -> Any:

@@ -23,7 +23,7 @@ def runs_along(x: Any) -> tuple[bool, bool, bool, bool]:
 def store(x: Any) -> Any:
   """The array as kernels want it in memory: a type that the chip loads, queries along the lanes."""
   if x.ndim > 4:
-    return x.reshape(*x.shape[:2], *x.shape[4:]).astype(jnp.float32)
+    return x.reshape(*x.shape[:2], *x.shape[4:]).astype(jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32)
   _, _, queries, keys = runs_along(x)
   if x.dtype == jnp.bool_:
     x = x.astype(jnp.int8 if queries and keys else jnp.int32)
@@ -34,6 +34,8 @@ def store(x: Any) -> Any:
 
 def unstore(x: Any, like: Any) -> Any:
   """A gradient from the layout of `store` in that of the array it belongs to."""
+  if like.ndim > 4:
+    return x.reshape(like.shape)
   _, _, queries, keys = runs_along(like)
   return x.swapaxes(2, 3) if queries and not keys else x
 
@@ -68,6 +70,14 @@ def tile(x: Any, ref: Any) -> Any:
   if loaded.dtype in (jnp.int8, jnp.bfloat16):
     loaded = loaded.astype(jnp.int32 if loaded.dtype == jnp.int8 else jnp.float32)
   return column(loaded) if queries and not keys else loaded
+
+
+def untile(x: Any, like: Any) -> Any:
+  """A gradient from the shape of `tile` in that of the block."""
+  if like.ndim > 4:
+    return x.reshape(x.shape[2:])
+  _, _, queries, keys = runs_along(like)
+  return row(x) if queries and not keys else x
 
 
 def column(row: Any) -> Any:

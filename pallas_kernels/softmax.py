@@ -52,8 +52,8 @@ def merge(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
   top = jnp.maximum(lse_a, lse_b)
   base = jnp.where(top == -INF, 0.0, top)
   weight_a, weight_b = jnp.exp(lse_a - base), jnp.exp(lse_b - base)
-  total = weight_a + weight_b
-  share = lambda w: (w / jnp.where(top == -INF, 1.0, total))[..., None]
+  total = jnp.where(top == -INF, 1.0, weight_a + weight_b)
+  share = lambda w: (w / total)[..., None]
   return share(weight_a) * out_a + share(weight_b) * out_b, jnp.where(top == -INF, -INF, base + jnp.log(total))
 
 

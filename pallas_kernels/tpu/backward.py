@@ -55,7 +55,8 @@ def _tile_gradients(call: launch.Call, logits: Any, tiles: Any, refs: Any, place
   leaf = jnp.zeros(()) if wanted is None else tiles[wanted]
   s, pull = jax.vjp(scores, call.product.scores(call.algebra, q_ref[...], k_ref[...]), leaf)
   p = softmax.probabilities(s, leaves.column(lse_ref[...]))
-  ds = softmax.dscores(p, call.algebra.nt(dout_ref[...], v_ref[...]), leaves.column(delta_ref[...]))
+  dp = call.drop(logits, tiles, call.algebra.nt(dout_ref[...], v_ref[...]))
+  ds = softmax.dscores(p, dp, leaves.column(delta_ref[...]))
   if masked:  # statistics and operands of rows past the last query hold anything
     p, ds = (jnp.where(s == -jnp.inf, 0.0, x) for x in (p, ds))
   dqk, dleaf = pull(ds)
@@ -119,7 +120,7 @@ def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.
       if masked and call.queries % call.tiles[0]:  # rows past the last query hold anything
         row = where(b, kv_head, n, g, codes).i * call.tiles[0] + lax.broadcasted_iota(jnp.int32, (call.tiles[0], 1), 0)
         dout = jnp.where(row < call.queries, dout, jnp.zeros_like(dout))
-      dv_acc[...] += call.algebra.tn(p.astype(dout.dtype), dout)
+      dv_acc[...] += call.algebra.tn(call.drop(logits, tiles, p).astype(dout.dtype), dout)
 
     launch.by_kind(walk.code(codes, b, kv_head, n), step)
 
@@ -176,7 +177,7 @@ def leaf_gradient(call: launch.Call, residuals: Residuals, logits: Any, wanted: 
 
     def step(masked):
       *_, dleaf = _tile_gradients(call, logits, launch.leaf_tiles(logits, leaf_refs), inputs, place, masked, wanted)
-      acc_ref[...] += leaves.row(dleaf) if runs[2] and not runs[3] else dleaf
+      acc_ref[...] += leaves.untile(dleaf, leaf)
 
     launch.by_kind(kind(place, codes), step)
     pl.when(at_end)(functools.partial(_store, dleaf_ref, acc_ref))

@@ -41,11 +41,12 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
 
     def step(masked):
       qk = call.product.scores(call.algebra, q_ref[...], k_ref[...])  # [rows, columns]
-      s = call.scores(logits, launch.leaf_tiles(logits, leaf_refs), where(b, h, n, codes), qk, masked)
+      tiles = launch.leaf_tiles(logits, leaf_refs)
+      s = call.scores(logits, tiles, where(b, h, n, codes), qk, masked)
       dot = lambda p, v: call.algebra.nn(p.astype(v.dtype), v)
       weigh = lambda p: softmax.weigh_masked(p, s, v_ref[...], dot) if masked else dot(p, v_ref[...])
       state = softmax.State(m_ref[:, :1], total_ref[:, :1], acc_ref[...])
-      _write(state_refs, softmax.accumulate(state, s, weigh))
+      _write(state_refs, softmax.accumulate(state, s, lambda p: weigh(call.drop(logits, tiles, p))))
 
     launch.by_kind(walk.code(codes, b, kv_head, n), step)
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import leaves, products, schedule
+from .. import leaves, lookup, products, schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,11 @@ class Call:
     if masked and self.keys % columns:
       inside = (column < self.keys) if inside is None else inside & (column < self.keys)
     tile = jax.tree.unflatten(jax.tree.structure(logits), tiles)
-    return tile.scores(qk, tile.coordinates(at.batch, at.head, row, column), masked, inside)
+    return tile.scores(qk, tile.coordinates(at.batch, at.head, row, column, _take), masked, inside)
+
+  def drop(self, logits: Any, tiles: Any, x: Any) -> Any:
+    """Dropout of a tile of weights, or of what multiplies them."""
+    return jax.tree.unflatten(jax.tree.structure(logits), tiles).drop(x)
 
   def launch(self, kernel: Callable, name: str, grid: tuple[int, ...], codes: Any, ins: list[Operand], outs: list[Operand],
              scratch: list[Any], parallel: int) -> list[Any]:
@@ -67,6 +71,11 @@ class Call:
             scratch_shapes=scratch),
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT),
     )(codes, *[x.array for x in ins])
+
+
+def _take(table: Any, index: Any) -> Any:
+  """`table[…, index]` with a table `[1, 1, 1, n]` and an index `[rows, columns]`."""
+  return lookup.take(table.reshape(1, table.shape[-1]), index)
 
 
 VMEM_LIMIT = 48 * 2**20  # of 64 MiB on TPU7x and 128 MiB on the other chips
