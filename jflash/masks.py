@@ -282,7 +282,8 @@ class Custom(Mask):
 
   def bind(self, sizes):
     _check.mask_function(self.fn, self.operands)
-    return BoundCustom(_program.bind(self.fn, self.operands, sizes), self.rule)
+    fixed = jax.lax.stop_gradient([jnp.asarray(x) for x in self.operands])  # what is kept has no derivative
+    return BoundCustom(_program.bind(self.fn, fixed, sizes), self.rule)
 
   def __repr__(self):
     return f"Custom({', '.join([f'fn={brief(self.fn)}', *map(brief, self.operands)])})"
