@@ -7,6 +7,7 @@ from ._explain import explain as explain
 from ._plan import interpret as interpret
 from ._show import TileMap as TileMap
 from ._show import show as show
+from ._varlen import attention_varlen as attention_varlen
 from .regression import RegressionStats as RegressionStats
 from .regression import kernel_regression as kernel_regression
 from .regression import log_density as log_density

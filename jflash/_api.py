@@ -103,24 +103,18 @@ def compute(problem: Problem, sinks: Any, implementation: str | None) -> tuple[A
   return merged.astype(out.dtype), lse
 
 
-def make_problem(query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scale: Any, is_causal: bool, query_seq_lengths: Any,
-                 key_value_seq_lengths: Any, local_window_size: Any, query_positions: Any, key_value_positions: Any,
-                 query_segment_ids: Any, key_value_segment_ids: Any, logits_soft_cap: Any, alibi_slopes: Any, score_mod: Any, score_operands: Any,
-                 dropout_rate: Any, dropout_key: Any, batch_ids: Any, head_ids: Any) -> Problem:
-  """The arguments of `attention`, checked and laid out."""
+def make_problem(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, *, scale: Any = None, is_causal: bool = False,
+                 query_seq_lengths: Any = None, key_value_seq_lengths: Any = None, local_window_size: Any = None,
+                 query_positions: Any = None, key_value_positions: Any = None, query_segment_ids: Any = None,
+                 key_value_segment_ids: Any = None, logits_soft_cap: Any = None, alibi_slopes: Any = None, score_mod: Any = None,
+                 score_operands: Any = (), dropout_rate: Any = 0.0, dropout_key: Any = None, batch_ids: Any = None,
+                 head_ids: Any = None) -> Problem:
+  """The arguments of `attention`, checked and laid out. For `batch_ids` a pair stands for those of queries `[T]` and of keys `[S]`."""
   q, k, v = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
   _check.inputs(q, k, v)
   if q.ndim == 3:
     q, k, v = q[None], k[None], v[None]
-  sizes = _mask.Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-  if query_positions is not None:
-    sizes = sizes._replace(query_positions=_check.per_query(query_positions, sizes, "query_positions"))
-  if key_value_positions is not None:
-    sizes = sizes._replace(key_positions=_check.per_key(key_value_positions, sizes, "key_value_positions"))
-  if batch_ids is not None:
-    sizes = sizes._replace(batch_ids=_check.ids(batch_ids, sizes.batch, "batch_ids", "batch elements").reshape(-1, 1, 1, 1))
-  if head_ids is not None:
-    sizes = sizes._replace(head_ids=_check.ids(head_ids, sizes.heads, "head_ids", "heads").reshape(1, -1, 1, 1))
+  sizes = _sizes(q, k, query_positions, key_value_positions, batch_ids, head_ids)
   _check.both_or_none(query_segment_ids, "query_segment_ids", key_value_segment_ids, "key_value_segment_ids")
 
   parts: list[_mask.Mask] = []
@@ -137,10 +131,7 @@ def make_problem(query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scal
   if query_segment_ids is not None:
     parts.append(masks.Segments(_check.per_query(query_segment_ids, sizes, "query_segment_ids"),
                                 _check.per_key(key_value_segment_ids, sizes, "key_value_segment_ids")))
-  dtype = jnp.promote_types(q.dtype, jnp.float32)
   operands = _check.score_operands(score_operands, score_mod)
-  if score_mod is not None:
-    _check.score_mod(score_mod, operands, dtype)
   key_of_dropout = _check.dropout(dropout_rate, dropout_key)
   logits = Logits(
       scale=q.shape[-1]**-0.5 if scale is None else _check.real_scalar(scale, "scale"),
@@ -149,9 +140,29 @@ def make_problem(query: Any, key: Any, value: Any, bias: Any, mask: Any, *, scal
       soft_cap=None if logits_soft_cap is None else _check.positive(logits_soft_cap, "logits_soft_cap"),
       mask=_all_of(parts), query_positions=sizes.query_positions, key_positions=sizes.key_positions,
       batch_ids=sizes.batch_ids, head_ids=sizes.head_ids,
-      score_mod=None if score_mod is None else _program.bind(score_mod, operands, sizes, dtype),
+      score_mod=None if score_mod is None else _score_mod(score_mod, operands, sizes, jnp.promote_types(q.dtype, jnp.float32)),
       dropout=None if key_of_dropout is None else _dropout.bind(float(dropout_rate), key_of_dropout, sizes))
   return Problem(q, k, v, logits)
+
+
+def _sizes(q: Any, k: Any, query_positions: Any, key_value_positions: Any, batch_ids: Any, head_ids: Any) -> _mask.Sizes:
+  sizes = _mask.Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+  if query_positions is not None:
+    sizes = sizes._replace(query_positions=_check.per_query(query_positions, sizes, "query_positions"))
+  if key_value_positions is not None:
+    sizes = sizes._replace(key_positions=_check.per_key(key_value_positions, sizes, "key_value_positions"))
+  if isinstance(batch_ids, tuple):
+    sizes = sizes._replace(batch_ids=batch_ids[0].reshape(1, 1, -1, 1), key_batch_ids=batch_ids[1].reshape(1, 1, 1, -1))
+  elif batch_ids is not None:
+    sizes = sizes._replace(batch_ids=_check.ids(batch_ids, sizes.batch, "batch_ids", "batch elements").reshape(-1, 1, 1, 1))
+  if head_ids is not None:
+    sizes = sizes._replace(head_ids=_check.ids(head_ids, sizes.heads, "head_ids", "heads").reshape(1, -1, 1, 1))
+  return sizes
+
+
+def _score_mod(score_mod: Any, operands: list[Any], sizes: _mask.Sizes, dtype: Any) -> _program.Program:
+  _check.score_mod(score_mod, operands, dtype)
+  return _program.bind(score_mod, operands, sizes, dtype)
 
 
 def _all_of(parts: list[_mask.Mask]) -> _mask.Mask | None:

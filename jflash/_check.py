@@ -105,6 +105,41 @@ def sinks(x: Any, heads: int) -> Any:
   return x
 
 
+# Packed sequences -----------------------------------------------------------------------------------------------------
+
+
+_OF_A_BATCH = ("query_seq_lengths", "key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids", "batch_ids")
+
+
+def varlen(query: Any, key: Any, value: Any, options: dict[str, Any]) -> None:
+  """The arrays of `attention_varlen` have no batch axis, and there are no options that speak of one."""
+  for name, x in (("query", query), ("key", key), ("value", value)):
+    if x.ndim != 3:
+      raise ValueError(f"`{name}` has {x.ndim} axes and shape {x.shape}; pass [total, heads, width], all sequences one after another, "
+                       "or use jflash.attention for a batch.")
+  for name in options:
+    if name in _OF_A_BATCH:
+      raise TypeError(f"`{name}` is an argument of attention, not of attention_varlen; `cu_seqlens_q` and `cu_seqlens_k` say where "
+                      "sequences begin and end.")
+
+
+def cumulative(x: Any, total: int, name: str) -> Any:
+  """Integers `[sequences + 1]`, from 0 up to at most `total` (as far as they are known while tracing)."""
+  x = integers(x, name)
+  if x.ndim != 1 or x.shape[0] < 2:
+    raise ValueError(f"`{name}` has shape {x.shape}; pass [sequences + 1] integers, 0 and the end of each sequence.")
+  if isinstance(x, np.ndarray) and (x[0] != 0 or (np.diff(x) < 0).any() or x[-1] > total):
+    raise ValueError(f"`{name}` is {x.tolist()} and there are {total} tokens; it must begin with 0, not decrease, and end at {total} "
+                     "or before.")
+  return x
+
+
+def as_many(a: Any, name_a: str, b: Any, name_b: str) -> None:
+  if a.shape != b.shape:
+    raise ValueError(f"`{name_a}` has shape {a.shape} and `{name_b}` has {b.shape}; they must count the same sequences. An empty one "
+                     "repeats the end of the one before.")
+
+
 # Dropout --------------------------------------------------------------------------------------------------------------
 
 
