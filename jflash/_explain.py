@@ -15,6 +15,7 @@ from pallas_kernels import schedule
 
 from . import _api, _backends, _plan, _show
 from ._problem import Problem
+from ._program import is_program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,7 +154,7 @@ def _decided(problem: Problem) -> str:
     return "there is no mask"
   parts = {"mask": logits.mask, "query_positions": logits.query_positions, "key_value_positions": logits.key_positions}
   name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-  leaves = [(name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(parts)]
+  leaves = [(name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(parts, is_leaf=is_program) if not is_program(x)]
   if traced := [name for name, x in leaves if isinstance(x, Tracer)]:
     return f"decided at run time, by what is traced: {', '.join(traced)}"
   if arrays := [name for name, x in leaves if not isinstance(x, np.ndarray)]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ._dropout import Dropout
 from ._mask import Coordinates, Mask, Span
-from ._program import Program
+from ._program import Program, is_program
 from ._pytree import pytree
 
 
@@ -79,7 +79,6 @@ class Logits:
     if self.mask is None:
       return np.ones((1, 1, *counts), bool), np.ones((1, 1, *counts), bool)
     positions = Logits(1.0, mask=self.mask, query_positions=self.query_positions, key_positions=self.key_positions)
-    is_program = lambda x: isinstance(x, Program)  # what a function looks up decides nothing about tiles
     spans = jax.tree.map(lambda x: x if is_program(x) else _span(x, tiles), positions, is_leaf=is_program)
     row, column = (_span(np.arange(n, dtype=np.int32).reshape(shape), tiles)
                    for n, shape in ((queries, (1, 1, -1, 1)), (keys, (1, 1, 1, -1))))

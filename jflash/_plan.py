@@ -15,9 +15,10 @@ import numpy as np
 
 from pallas_kernels import products, schedule
 
-from . import _program, masks
+from . import masks
 from ._mask import parts
 from ._problem import Problem
+from ._program import is_program
 
 _interpreting: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_interpret", default=False)
 _forced_tiles: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_tiles", default=None)
@@ -170,7 +171,6 @@ def mask_arrays(problem: Problem) -> list[Any]:
   logits = problem.logits
   if logits.mask is None:
     return []
-  is_program = lambda x: isinstance(x, _program.Program)  # what a function looks up decides nothing about tiles
   leaves = jax.tree.leaves((logits.mask, logits.query_positions, logits.key_positions), is_leaf=is_program)
   return [x for x in leaves if not is_program(x)]
 

@@ -186,6 +186,11 @@ class Program:
     return evaluate(trace.result, known)
 
 
+def is_program(x: Any) -> bool:
+  """For walks over a mask's arrays that stop there: what a function looks up decides nothing about tiles."""
+  return isinstance(x, Program)
+
+
 def _as(x: Any, node: Node) -> Any:
   return x != 0 if node.aval.dtype == np.bool_ else x.astype(node.aval.dtype)
 

@@ -8,14 +8,17 @@ import jax.numpy as jnp
 
 
 def attention(query, key, value, bias=None, keep=None, *, scale=None, logits_soft_cap=None, alibi_slopes=None,
-              query_positions=None, key_value_positions=None, dtype=None):
-  """softmax(cap(scale · Q Kᵀ + bias + alibi)) V over the keys that `keep` allows, in `dtype`.
+              query_positions=None, key_value_positions=None, score_mod=None, score_operands=(), sinks=None, factors=None, dtype=None):
+  """softmax(cap(score_mod(scale · Q Kᵀ + bias + alibi))) V over the keys that `keep` allows, in `dtype`.
 
   Args:
     query: `[B, T, N, H]`. key: `[B, S, K, H]`. value: `[B, S, K, E]`; N is a multiple of K.
     bias: broadcasts to `[B, N, T, S]`. keep: boolean, broadcasts to `[B, N, T, S]`; None keeps everything.
     alibi_slopes: `[N]` or `[B, N]`; adds `-slope · |query position - key position|`.
-    query_positions, key_value_positions: `[B, T]` and `[B, S]`, used by ALiBi; None is 0, 1, 2, …
+    query_positions, key_value_positions: `[B, T]` and `[B, S]`, used by ALiBi and `score_mod`; None is 0, 1, 2, …
+    score_mod: `(score, batch, head, query position, key position, *score_operands) -> score` on whole arrays.
+    sinks: `[N]`, the logit of one key more for each head, whose value is 0.
+    factors: `[B, N, T, S]`, by which the weights are multiplied in the end: 0 or 1 / (1 - rate) for dropout.
     dtype: in which everything is computed; None is the inputs' own type promoted to at least float32.
 
   Returns:
@@ -33,21 +36,30 @@ def attention(query, key, value, bias=None, keep=None, *, scale=None, logits_sof
   logits = jnp.einsum("btnh,bsnh->bnts", q, k, precision=jax.lax.Precision.HIGHEST) * scale
   if bias is not None:
     logits += jnp.asarray(bias, dtype)
+  rows = (jnp.arange(t)[None] if query_positions is None else jnp.asarray(query_positions))[:, None, :, None]
+  columns = (jnp.arange(s)[None] if key_value_positions is None else jnp.asarray(key_value_positions))[:, None, None, :]
   if alibi_slopes is not None:
-    rows = jnp.arange(t)[None] if query_positions is None else query_positions
-    columns = jnp.arange(s)[None] if key_value_positions is None else key_value_positions
-    distance = jnp.abs(rows[:, None, :, None] - columns[:, None, None, :])
+    distance = jnp.abs(rows - columns)
     slopes = jnp.asarray(alibi_slopes, dtype)
     logits -= slopes.reshape((1,) * (2 - slopes.ndim) + slopes.shape)[:, :, None, None] * distance
+  if score_mod is not None:
+    batches, heads = jnp.arange(b)[:, None, None, None], jnp.arange(n)[None, :, None, None]
+    logits = score_mod(logits, batches, heads, rows, columns, *(jnp.asarray(x) for x in score_operands))
   if logits_soft_cap is not None:
     logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
 
   # A masked logit takes no part in anything, so the row maximum and the sums run over the kept ones alone.
   logits = jnp.where(keep, logits, -jnp.inf)
+  if sinks is not None:
+    sink = jnp.broadcast_to(jnp.asarray(sinks, dtype)[None, :, None, None], (b, n, t, 1))
+    logits, keep = jnp.concatenate([logits, sink], -1), jnp.concatenate([keep, jnp.ones((b, n, t, 1), bool)], -1)
   empty = ~jnp.any(keep, axis=-1)
   top = jnp.where(empty, 0.0, jnp.max(logits, axis=-1))
   weights = jnp.where(keep, jnp.exp(logits - top[..., None]), 0)
   total = jnp.where(empty, 1.0, weights.sum(-1))
   lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-  out = jnp.einsum("bnts,bsne->btne", weights / total[..., None], v, precision=jax.lax.Precision.HIGHEST)
+  weights = weights[..., :s] / total[..., None]
+  if factors is not None:
+    weights = weights * jnp.asarray(factors, dtype)
+  out = jnp.einsum("bnts,bsne->btne", weights, v, precision=jax.lax.Precision.HIGHEST)
   return out, lse.transpose(0, 2, 1)

@@ -16,6 +16,7 @@ import numpy as np
 from jflash import masks
 
 SCORE_TERMS = ("bias", "alibi_slopes", "scale", "logits_soft_cap")  # the keywords that get a gradient if they are arrays
+OTHER_TERMS = ("sinks", "score_operands")  # and those that are no terms of single scores
 
 
 class Sizes(NamedTuple):
@@ -38,11 +39,12 @@ class Built(NamedTuple):
   v: Any
   kwargs: dict[str, Any]
   keep: Any  # [B, N, T, S]
+  factors: Any = 1.0  # of dropout, [B, N, T, S]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A named problem; `draw(rng, sizes) -> (kwargs, keep)`, and keep broadcasts to `[B, N, T, S]`."""
+  """A named problem; `draw(rng, sizes) -> (kwargs, keep[, factors])`, and keep broadcasts to `[B, N, T, S]`."""
 
   name: str
   sizes: Sizes
@@ -57,8 +59,8 @@ class Case:
     q = to_dtype(rng.normal(size=(z.B, z.T, z.N, z.H)) * self.stretch[0])
     k = to_dtype(rng.normal(size=(z.B, z.S, z.K, z.H)) * self.stretch[1])
     v = to_dtype(rng.normal(size=(z.B, z.S, z.K, z.E)))
-    kwargs, keep = self.draw(rng, z)
-    return Built(q, k, v, kwargs, np.array(np.broadcast_to(keep, (z.B, z.N, z.T, z.S))))
+    kwargs, keep, *factors = self.draw(rng, z)
+    return Built(q, k, v, kwargs, np.array(np.broadcast_to(keep, (z.B, z.N, z.T, z.S))), *factors)
 
 
 def _dtype(name: str) -> Any:

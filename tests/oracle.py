@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflash import _reference
-from tests.cases import SCORE_TERMS, Built
+from tests.cases import OTHER_TERMS, SCORE_TERMS, Built
 
 
 class Answer(NamedTuple):
@@ -29,8 +29,16 @@ class Answer(NamedTuple):
 
 def arrays_of(built: Built) -> dict[str, Any]:
   """The arguments that get a gradient."""
-  terms = {name: built.kwargs[name] for name in SCORE_TERMS if isinstance(built.kwargs.get(name), np.ndarray)}
+  terms = {name: built.kwargs[name] for name in (*SCORE_TERMS, "sinks") if isinstance(built.kwargs.get(name), np.ndarray)}
+  terms |= {f"operand {n}": x for n, x in enumerate(built.kwargs.get("score_operands", ()))}
   return {"query": built.q, "key": built.k, "value": built.v, **terms}
+
+
+def gather_operands(moving: dict[str, Any]) -> dict[str, Any]:
+  """The keywords of a call from what `arrays_of` gives: operands by their number become `score_operands`."""
+  operands = sorted(name for name in moving if name.startswith("operand "))
+  rest = {name: x for name, x in moving.items() if name not in operands}
+  return rest | ({"score_operands": tuple(moving[name] for name in operands)} if operands else {})
 
 
 def draw_cotangents(built: Built, seed: int = 0) -> tuple[Any, Any]:
@@ -43,7 +51,7 @@ def draw_cotangents(built: Built, seed: int = 0) -> tuple[Any, Any]:
 
 def answer(function: Any, arrays: dict[str, Any], cotangents: Any) -> Answer:
   """`function(**arrays) -> (out, lse)` and its gradients."""
-  (out, lse), pull = jax.vjp(lambda x: function(**x), {name: jnp.asarray(x) for name, x in arrays.items()})
+  (out, lse), pull = jax.vjp(lambda x: function(**gather_operands(x)), {name: jnp.asarray(x) for name, x in arrays.items()})
   grads, = pull(tuple(jnp.asarray(c).astype(y.dtype) for c, y in zip(cotangents, (out, lse))))
   return jax.tree.map(np.asarray, Answer(out, lse, grads))
 
@@ -64,11 +72,12 @@ def _finite_bias(built: Built) -> tuple[Any, Any]:
 def dense(built: Built, cotangents: Any, dtype: Any) -> Answer:
   """What `_reference.attention` answers when all is computed in `dtype`."""
   bias, keep = _finite_bias(built)
-  kwargs = {name: built.kwargs[name] for name in SCORE_TERMS if name in built.kwargs} | _positions(built)
+  kwargs = {name: built.kwargs[name] for name in (*SCORE_TERMS, *OTHER_TERMS, "score_mod") if name in built.kwargs}
+  kwargs |= _positions(built) | {"factors": built.factors}
   arrays = arrays_of(built) | ({"bias": bias} if bias is not None else {})
 
   def function(**moving):
-    moving = {name: x.astype(dtype) for name, x in moving.items()}
+    moving = jax.tree.map(lambda x: x.astype(dtype), moving)
     for name in ("scale", "logits_soft_cap"):
       if name in moving:
         moving[name] = moving[name].reshape(())
@@ -91,13 +100,14 @@ def exact(built: Built, cotangents: Any) -> tuple[Answer, dict[str, Any]]:
   i, j = (_positions(built).get(name, np.arange(size)[None])
           for name, size in (("query_positions", t), ("key_value_positions", built.k.shape[1])))
   distance = abs(i[:, None, :, None].astype(np.float64) - j[:, None, None, :])
-  numbers = {name: built.kwargs[name] for name in ("scale", "logits_soft_cap") if name in built.kwargs and name not in arrays}
+  names = "scale", "logits_soft_cap", "score_mod"
+  numbers = {name: built.kwargs[name] for name in names if name in built.kwargs and name not in arrays} | _positions(built)
 
   def function(query, key, value, **full):
     slopes = full.pop("alibi_slopes", None)
     if slopes is not None:
       full["bias"] = full.get("bias", 0) - slopes * distance
-    return _reference.attention(query, key, value, keep=keep, dtype=jnp.float64, **numbers, **full)
+    return _reference.attention(query, key, value, keep=keep, dtype=jnp.float64, factors=built.factors, **numbers, **full)
 
   with jax.enable_x64(True):
     wide = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
@@ -106,7 +116,7 @@ def exact(built: Built, cotangents: Any) -> tuple[Answer, dict[str, Any]]:
     only_lse = np.zeros_like(result.out), np.ones_like(result.lse)
     p = answer(function, wide, only_lse).grads["bias"]  # [B, N, T, S], with the derivative of the soft cap
   gross = _gross(built, p, result, cotangents, distance)
-  grads, sums = dict(result.grads), {name: gross[name].max() for name in ("query", "key", "value")}
+  grads, sums = dict(result.grads), {name: gross[name].max() for name in ("query", "key", "value")} | _gross_others(built, gross)
   for name, x in flat.items():
     axes = tuple(axis for axis in range(4) if x.shape[axis] == 1)
     grads[name] = result.grads[name].sum(axes, keepdims=True).reshape(arrays[name].shape)
@@ -121,12 +131,25 @@ def _gross(built: Built, p: Any, truth: Answer, cotangents: Any, distance: Any) 
   k, v = (np.repeat(x, groups, axis=2) for x in (k, v))
   row = lambda x: x.transpose(0, 2, 1)[..., None]
   p = abs(p) * (1 + row(np.where(np.isfinite(truth.lse), abs(truth.lse), 0)) / 2)
-  ds = p * (np.einsum("btne,bsne->bnts", dout, v) + row((dout * abs(truth.out)).sum(-1) + dlse))
+  ds = p * (built.factors * np.einsum("btne,bsne->bnts", dout, v) + row((dout * abs(truth.out)).sum(-1) + dlse))
   scale = np.max(abs(np.asarray(built.kwargs.get("scale", q.shape[-1] ** -0.5))))
   by_head = lambda x: x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(3)
   return {"query": scale * np.einsum("bnts,bsnh->btnh", ds, k), "key": by_head(scale * np.einsum("bnts,btnh->bsnh", ds, q)),
-          "value": by_head(np.einsum("bnts,btne->bsne", p, dout)), "bias": ds, "alibi_slopes": ds * distance,
-          "scale": ds * np.einsum("btnh,bsnh->bnts", q, k)}
+          "value": by_head(np.einsum("bnts,btne->bsne", built.factors * p, dout)), "bias": ds, "alibi_slopes": ds * distance,
+          "scale": ds * np.einsum("btnh,bsnh->bnts", q, k), "sinks": ((dout * abs(truth.out)).sum(-1) + dlse).sum((0, 1))}
+
+
+def _gross_others(built: Built, gross: dict[str, Any]) -> dict[str, Any]:
+  """The largest Σ|terms| of sinks (each row's share of the sink is at most 1) and of operands that add to the scores."""
+  mod, operands = built.kwargs.get("score_mod"), built.kwargs.get("score_operands", ())
+  sums = {"sinks": gross["sinks"].max()}
+  if mod is not None:
+    b, n, t, s = built.keep.shape
+    at = [np.arange(size).reshape([-1 if a == axis else 1 for a in range(4)]) for axis, size in enumerate((b, n, t, s))]
+    floats = [jnp.asarray(x, jnp.float32) for x in operands]
+    pulled = jax.vjp(lambda *x: mod(jnp.zeros(built.keep.shape), *at, *x), *floats)[1](jnp.asarray(gross["bias"], jnp.float32))
+    sums |= {f"operand {i}": float(abs(x).max()) for i, x in enumerate(pulled)}
+  return sums
 
 
 def check(ours: Answer, built: Built, cotangents: Any) -> None:
@@ -136,7 +159,7 @@ def check(ours: Answer, built: Built, cotangents: Any) -> None:
   wide = dtype if dtype == np.float64 else np.dtype(np.float32)
   if dtype == np.float64:  # judged as float32 is, times the ratio of their eps
     narrow = lambda x: np.asarray(x, np.float32) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x
-    as_float32 = Built(*map(narrow, built[:3]), {n: narrow(x) for n, x in built.kwargs.items()}, built.keep)
+    as_float32 = Built(*map(narrow, built[:3]), {n: narrow(x) for n, x in built.kwargs.items()}, built.keep, built.factors)
     naive, base = dense(as_float32, cotangents, np.float32), exact(as_float32, cotangents)[0]
     shrink = 2 * np.finfo(np.float64).eps / np.finfo(np.float32).eps
   else:
