@@ -191,9 +191,12 @@ STRUCTURES = {
                                             key_value_positions=np.tile(np.where(np.arange(S) < 160, np.arange(S), FAR), (B, 1))),
     "everything": _everything(),
 }
-for _rows, _columns in TILES.values():  # windows that end at the border of a tile, and beside it
-  for _left in (_columns - 1, _columns, _columns + 1, _rows - 1, _rows + 1):
-    STRUCTURES[f"window of {_left}"] = structured(query_positions=np.tile(np.arange(T) + 60, (B, 1)), local_window_size=[_left, 0])
+# Windows and diagonals of which a tile sees one corner, or just none: by either backend's tiles.
+for _rows, _columns in TILES.values():
+  for _by in (-2, -1, 0, 1, 2):
+    _at = lambda first: np.tile(np.arange(T) + first, (B, 1))
+    STRUCTURES[f"window of {_rows + _by}"] = structured(query_positions=_at(_columns), local_window_size=[_rows + _by, 0])
+    STRUCTURES[f"diagonal at {_columns - _rows + _by}"] = structured(query_positions=_at(_columns - _rows + _by))
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -281,6 +284,9 @@ def test_scales(backend, scale):
   scale = np.full((), scale, np.float32)
   ours = run(backend, (q, k, v, *cotangents), in_order(), {"scale": scale})
   oracle.check(ours, Built(q, k, v, {"scale": scale}, keep_of(in_order())), cotangents)
+  bad = k.copy()
+  bad[:, T:] = np.nan  # which no query sees, nor does the gradient of the scale
+  jax.tree.map(np.testing.assert_array_equal, run(backend, (q, bad, v, *cotangents), in_order(), {"scale": scale}), ours)
 
 
 @pytest.mark.parametrize("width, value_width", [(65, 192), (129, 17)])
