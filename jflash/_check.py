@@ -235,7 +235,16 @@ def integers(x: Any, name: str) -> Any:
   x = as_array(x)
   if not jnp.issubdtype(x.dtype, jnp.integer):
     raise ValueError(f"`{name}` has dtype {x.dtype}; cast it to int32.")
+  if isinstance(x, np.ndarray) and x.size:
+    for extreme in (x.min(), x.max()):
+      fits_int32(int(extreme), name)
   return x.astype(np.int32)
+
+
+def fits_int32(x: int, name: str) -> None:
+  limits = np.iinfo(np.int32)
+  if not limits.min <= x <= limits.max:
+    raise ValueError(f"`{name}` holds {x}, which does not fit into int32; pass values from {limits.min} to {limits.max}.")
 
 
 def boolean(x: Any, name: str) -> None:
@@ -261,6 +270,16 @@ def per_batch(x: Any, sizes: Any, name: str) -> Any:
     raise ValueError(f"`{name}` has shape {x.shape} and the batch size is {sizes.batch}; pass one integer per batch element, "
                      f"({sizes.batch},).")
   return x.reshape(-1, 1, 1, 1)
+
+
+def length(x: Any, sizes: Any, name: str) -> Any:
+  """A Python integer as it is, which stays static; anything else as `per_batch`."""
+  if x is None or isinstance(x, (bool, float, str)):
+    raise TypeError(f"`{name}` is {x!r}; pass an integer, or integers [B].")
+  if isinstance(x, (int, np.integer)):
+    fits_int32(int(x), name)
+    return int(x)
+  return per_batch(x, sizes, name)
 
 
 def per_query(x: Any, sizes: Any, name: str) -> Any:

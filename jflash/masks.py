@@ -29,9 +29,12 @@ class Causal(Mask):
     return at.q.hi >= at.k.lo, at.q.lo >= at.k.hi
 
 
+FAR = 1 << 30  # a side of a window from which on it is no limit: positions ± it must fit into int32
+
+
 @pytree
 class Window(Mask):
-  """A query at position p sees the keys from p - left to p + right, both inclusive; None is no limit on that side.
+  """A query at position p sees the keys from p - left to p + right, both inclusive; None, or 2**30 and more, is no limit.
 
   Args:
     left: how many positions back, an integer >= 0 (or an integer scalar array, which may be traced).
@@ -48,8 +51,9 @@ class Window(Mask):
     for name in ("left", "right"):
       value = getattr(self, name)
       if isinstance(value, np.integer):
-        object.__setattr__(self, name, value := int(value))
+        value = int(value)
       _check.window_side(value, f"masks.Window.{name}")
+      object.__setattr__(self, name, None if isinstance(value, int) and value >= FAR else value)
 
   def keep(self, at):
     sides = []
@@ -71,7 +75,7 @@ class Window(Mask):
     return conjunction(some, np.array(True)), conjunction(all_, np.array(True))
 
   def bind(self, sizes):
-    return Window(*(x if is_static(x) else _check.scalar(x, f"masks.Window.{name}")
+    return Window(*(x if is_static(x) else _check.scalar(x, f"masks.Window.{name}").clip(max=FAR)
                     for name, x in (("left", self.left), ("right", self.right))))
 
 
@@ -138,7 +142,7 @@ class Lengths(Mask):
 
   def bind(self, sizes):
     name = f"masks.{type(self).__name__}"
-    return type(self)(*(x if is_static(x) else _check.per_batch(x, sizes, f"{name}.{side}")
+    return type(self)(*(None if x is None else _check.length(x, sizes, f"{name}.{side}")
                         for side, x in (("query", self.query), ("key", self.key))))
 
 
@@ -171,7 +175,7 @@ class PrefixLM(Mask):
     return (at.k.lo < n.hi) | (at.q.hi >= at.k.lo), (at.k.hi < n.lo) | (at.q.lo >= at.k.hi)
 
   def bind(self, sizes):
-    return PrefixLM(self.n if is_static(self.n) else _check.per_batch(self.n, sizes, "masks.PrefixLM.n"))
+    return PrefixLM(_check.length(self.n, sizes, "masks.PrefixLM.n"))
 
 
 @pytree

@@ -160,6 +160,16 @@ def test_a_window_of_none_and_none_keeps_everything():
   assert keep_of(masks.Window()).all()
 
 
+@pytest.mark.parametrize("far", [2**30, 2**31 - 1, 2**63 - 1, np.asarray(2**31 - 1, np.int32), np.asarray(2**31 - 1)], ids=repr)
+def test_a_window_wider_than_any_sequence_keeps_everything(far):
+  """Position + width must not wrap around, neither for elements nor for tiles."""
+  q = np.arange(T).reshape(1, 1, T, 1) + 10**9
+  k = np.arange(S).reshape(1, 1, 1, S) + 10**9
+  for mask in (masks.Window(far, far), masks.Window(0, far) | masks.Window(far, 0)):
+    assert keep_of(mask).all() and keep_of(mask, q, k).all() and table_of(mask, (4, 8))[0].all()
+  assert table_of(masks.Window(far, far), (4, 8))[1].all()
+
+
 def test_positions_outside_a_dense_mask_or_a_block_table_see_nothing():
   q = np.full((1, 1, T, 1), -1)
   assert not keep_of(masks.Dense(np.ones((4, 4), bool)), q).any()
