@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import softmax
 
-from . import _autodiff, _backends, _check, _dropout, _mask, _plan, _program, masks
+from . import _autodiff, _backends, _check, _check_functions, _dropout, _mask, _plan, _program, masks
 from ._logits import Logits
 from ._problem import Problem
 
@@ -25,8 +25,8 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
       s   = cap(score_mod(scale · q·k + bias - slope · |q position - k position|)), -inf where the mask keeps nothing
       lse = log(exp(sink) + Σ_k exp(s))            out = Σ_k drop(exp(s - lse)) v
 
-  with cap(x) = c · tanh(x / c); terms that are not given are left out. Scores and sums are float32 (float64 for float64 inputs). B batch, T queries, S keys, N
-  query heads, K key/value heads (N a multiple of K), H query/key width, E value width; all sizes >= 1.
+  with cap(x) = c · tanh(x / c); terms that are not given are left out. Scores and sums are float32 (float64 for
+  float64 inputs). B batch, T queries, S keys, N query heads, K key/value heads (N a multiple of K), H query/key width, E value width; all sizes >= 1.
 
   Args:
     query: `[B, T, N, H]`, or `[T, N, H]` without a batch; bfloat16, float16, float32 or float64.
@@ -49,11 +49,11 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
     alibi_slopes: `[N]` or `[B, N]`, with a gradient (Press et al., arXiv:2108.12409).
     score_mod: `score_mod(score, batch, head, query position, key position, *score_operands) -> score`, any traceable function
       of scores and of integers that broadcast against them; it is part of the compiled program, so define it once.
-    score_operands: arrays for `score_mod`, handed over whole, to be indexed: `slopes[head]`. Floats get a gradient, and so does what
-      `score_mod` closes over.
+    score_operands: arrays for `score_mod`, handed over whole, to be indexed: `slopes[head]`. Floats get a gradient, and so does
+      what `score_mod` closes over.
     sinks: `[N]`, a logit more for each query head, which takes its share of the weights and has no value; with a gradient.
     dropout_rate: share of the weights that are dropped, a number 0 <= rate < 1; what is left is divided by 1 - rate.
-    dropout_key: a key from `jax.random.key`. Which weights are dropped depends on it, on batch, head and positions, and on nothing else.
+    dropout_key: a key from `jax.random.key`. What is dropped depends on it, on batch, head and positions, and on nothing else.
     batch_ids, head_ids: integers `[B]` and `[N]` in place of batch and head numbers in `score_mod`, `masks.Custom` and dropout:
       what a shard holds of a larger batch.
 
@@ -103,13 +103,13 @@ def compute(problem: Problem, sinks: Any, implementation: str | None) -> tuple[A
   return merged.astype(out.dtype), lse
 
 
-def make_problem(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, *, scale: Any = None, is_causal: bool = False,
-                 query_seq_lengths: Any = None, key_value_seq_lengths: Any = None, local_window_size: Any = None,
+def make_problem(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, *, scale: Any = None,
+                 is_causal: bool = False, query_seq_lengths: Any = None, key_value_seq_lengths: Any = None, local_window_size: Any = None,
                  query_positions: Any = None, key_value_positions: Any = None, query_segment_ids: Any = None,
                  key_value_segment_ids: Any = None, logits_soft_cap: Any = None, alibi_slopes: Any = None, score_mod: Any = None,
                  score_operands: Any = (), dropout_rate: Any = 0.0, dropout_key: Any = None, batch_ids: Any = None,
                  head_ids: Any = None) -> Problem:
-  """The arguments of `attention`, checked and laid out. For `batch_ids` a pair stands for those of queries `[T]` and of keys `[S]`."""
+  """The arguments of `attention`, checked and laid out. `batch_ids` may be a pair: those of queries `[T]` and those of keys `[S]`."""
   q, k, v = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
   _check.inputs(q, k, v)
   if q.ndim == 3:
@@ -131,7 +131,7 @@ def make_problem(query: Any, key: Any, value: Any, bias: Any = None, mask: Any =
   if query_segment_ids is not None:
     parts.append(masks.Segments(_check.per_query(query_segment_ids, sizes, "query_segment_ids"),
                                 _check.per_key(key_value_segment_ids, sizes, "key_value_segment_ids")))
-  operands = _check.score_operands(score_operands, score_mod)
+  operands = _check_functions.score_operands(score_operands, score_mod)
   key_of_dropout = _check.dropout(dropout_rate, dropout_key)
   logits = Logits(
       scale=q.shape[-1]**-0.5 if scale is None else _check.real_scalar(scale, "scale"),
@@ -161,7 +161,7 @@ def _sizes(q: Any, k: Any, query_positions: Any, key_value_positions: Any, batch
 
 
 def _score_mod(score_mod: Any, operands: list[Any], sizes: _mask.Sizes, dtype: Any) -> _program.Program:
-  _check.score_mod(score_mod, operands, dtype)
+  _check_functions.score_mod(score_mod, operands, dtype)
   return _program.bind(score_mod, operands, sizes, dtype)
 
 

@@ -115,8 +115,8 @@ def varlen(query: Any, key: Any, value: Any, options: dict[str, Any]) -> None:
   """The arrays of `attention_varlen` have no batch axis, and there are no options that speak of one."""
   for name, x in (("query", query), ("key", key), ("value", value)):
     if x.ndim != 3:
-      raise ValueError(f"`{name}` has {x.ndim} axes and shape {x.shape}; pass [total, heads, width], all sequences one after another, "
-                       "or use jflash.attention for a batch.")
+      raise ValueError(f"`{name}` has {x.ndim} axes and shape {x.shape}; pass [total, heads, width], one sequence after another, or "
+                       "use jflash.attention for a batch.")
   for name in options:
     if name in _OF_A_BATCH:
       raise TypeError(f"`{name}` is an argument of attention, not of attention_varlen; `cu_seqlens_q` and `cu_seqlens_k` say where "
@@ -129,15 +129,15 @@ def cumulative(x: Any, total: int, name: str) -> Any:
   if x.ndim != 1 or x.shape[0] < 2:
     raise ValueError(f"`{name}` has shape {x.shape}; pass [sequences + 1] integers, 0 and the end of each sequence.")
   if isinstance(x, np.ndarray) and (x[0] != 0 or (np.diff(x) < 0).any() or x[-1] > total):
-    raise ValueError(f"`{name}` is {x.tolist()} and there are {total} tokens; it must begin with 0, not decrease, and end at {total} "
-                     "or before.")
+    raise ValueError(f"`{name}` is {x.tolist()} and there are {total} tokens; it must begin with 0, not decrease, and end at "
+                     f"{total} or before.")
   return x
 
 
 def as_many(a: Any, name_a: str, b: Any, name_b: str) -> None:
   if a.shape != b.shape:
-    raise ValueError(f"`{name_a}` has shape {a.shape} and `{name_b}` has {b.shape}; they must count the same sequences. An empty one "
-                     "repeats the end of the one before.")
+    raise ValueError(f"`{name_a}` has shape {a.shape} and `{name_b}` has {b.shape}; they must count the same sequences. An empty "
+                     "one repeats the end of the one before.")
 
 
 # Dropout --------------------------------------------------------------------------------------------------------------
@@ -152,80 +152,14 @@ def dropout(rate: Any, key: Any) -> Any:
   if rate == 0:
     return None
   if key is None:
-    raise ValueError(f"`dropout_rate` is {rate} and `dropout_key` is None; pass a key, jax.random.key(seed), and another one at every "
+    raise ValueError(f"`dropout_rate` is {rate} and `dropout_key` is None; pass a key, jax.random.key(seed), another one at every "
                      "step, or dropout_rate=0.")
-  typed = jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key)
+  typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
   raw = not typed and getattr(key, "dtype", None) == jnp.uint32
   if not (typed and key.shape == () or raw and key.shape in ((2,), (4,))):
     what = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
     raise ValueError(f"`dropout_key` is {what}; pass one key, jax.random.key(seed). Under jax.vmap, map over the keys.")
   return jnp.asarray(key) if raw else key
-
-
-# Functions of scores and positions ------------------------------------------------------------------------------------
-
-
-def mask_function(fn: Any, operands: Any) -> None:
-  """Tries the function of a `masks.Custom`."""
-  name = f"masks.Custom({getattr(fn, '__name__', fn)!s})"
-  result, full = _try(fn, operands, name, None)
-  if result.dtype != np.bool_:
-    boolean(result, f"the value of {name}")
-  if np.broadcast_shapes(result.shape, full) != full:
-    raise ValueError(_shape_message(name, result.shape, full, operands))
-
-
-def score_mod(fn: Any, operands: Any, dtype: Any) -> None:
-  """Tries a `score_mod` on scores of a type."""
-  if not callable(fn):
-    raise TypeError(f"`score_mod` is {fn!r}; pass a function (score, batch, head, query position, key position, *operands) -> score.")
-  name = f"`score_mod` {getattr(fn, '__name__', fn)!s}"
-  result, full = _try(fn, operands, name, dtype)
-  if result.shape != full:
-    raise ValueError(_shape_message(name, result.shape, full, operands))
-  if result.dtype != dtype:
-    raise ValueError(f"{name} returns {result.dtype} and scores are {np.dtype(dtype)}; compute in the scores' dtype, or end with "
-                     ".astype(score.dtype).")
-
-
-def score_operands(operands: Any, score_mod: Any) -> list[Any]:
-  if not isinstance(operands, (tuple, list)):
-    raise TypeError(f"`score_operands` is {type(operands).__name__}; pass a tuple of arrays, (array,) for a single one.")
-  if operands and score_mod is None:
-    raise ValueError(f"`score_operands` has {len(operands)} arrays and `score_mod` is None; pass both.")
-  return list(operands)
-
-
-def _try(fn: Any, operands: Any, name: str, score_dtype: Any) -> tuple[Any, tuple[int, ...]]:
-  """What the function returns for a tile whose sizes are those of no operand, and the shape of that tile."""
-  taken = {size for x in operands for size in np.shape(x)}
-  full: tuple[int, ...] = tuple([n for n in (11, 13, 17, 19, *range(101, 1000, 2)) if n not in taken][:4])
-  along = lambda axis: jax.ShapeDtypeStruct(tuple(n if a == axis else 1 for a, n in enumerate(full)), np.int32)
-  wide = lambda x: (score_dtype or jnp.promote_types(x.dtype, np.float32)) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
-  arrays = [jnp.asarray(x) for x in operands]
-  structs = [jax.ShapeDtypeStruct(x.shape, wide(x)) for x in arrays]
-  score = [] if score_dtype is None else [jax.ShapeDtypeStruct(full, score_dtype)]
-  try:
-    result = jax.eval_shape(fn, *score, *map(along, range(4)), *structs)
-  except (TypeError, ValueError, IndexError) as error:
-    raise type(error)(f"{name} fails on a tile of scores {full} with positions {tuple(s.shape for s in map(along, range(4)))}"
-                      f"{_with(operands)}: {str(error).strip().splitlines()[0]}{_INDEX}") from error
-  if not hasattr(result, "dtype"):
-    raise TypeError(f"{name} returns {type(result).__name__}; it must return one array.")
-  return result, full
-
-
-_INDEX = " Operands come whole, in their own shape: index them, as in slopes[head] or table[head, bucket(query - key)]."
-
-
-def _with(operands: Any) -> str:
-  shapes = ", ".join(str(np.shape(x)) for x in operands)
-  return f" and operands of shape {shapes}" if shapes else ""
-
-
-def _shape_message(name: str, shape: Any, full: Any, operands: Any) -> str:
-  return (f"{name} returns shape {shape} for a tile of scores {full}{_with(operands)}; it must return one value for each score."
-          f"{_INDEX if operands else ''}")
 
 
 # Arrays of masks, laid out as [B|1, N|1, T|1, S|1] --------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Dropout whose bits are a pure function of key, batch, head, query position and key position.
 
-Every query and every key of every head gets a word by Threefry (Salmon et al., SC 2011), a strong hash, which costs as much memory as lse.
-A score's bit is the mix of its query's and its key's word, a handful of operations that every tile repeats wherever it is
+Every query and every key of every head gets a word by Threefry (Salmon et al., SC 2011), a strong hash; they cost as much memory
+as lse. A score's bit is the mix of its query's and its key's word, a handful of operations that every tile repeats wherever it is
 computed: forward, backward, in any tile size, on any backend or shard. No array of size T·S exists.
 """
 

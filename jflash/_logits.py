@@ -1,5 +1,4 @@
-"""Everything between q·k and the weights: scale, bias, ALiBi, score_mod, soft cap, mask and dropout, as one pytree that every backend
-maps.
+"""Everything between q·k and the weights, as one pytree: scale, bias, ALiBi, score_mod, soft cap, mask and dropout.
 
 Its arrays are laid out as `[B|1, N|1, T|1, S|1, …]`, where a size of one broadcasts; the shape is the label. With tiles in
 place of its arrays it computes the scores of a tile, with spans in place of them it says which tiles matter, and `jax.vjp`

@@ -3,10 +3,10 @@
     fn([score,] batch, head, query position, key position, *operands)
 
 is called with integer arrays that broadcast against the tile, and looks things up in its operands: `slopes[head]`,
-`table[head, bucket(q - k)]`. A kernel has no gather. But most lookups do not depend on query and key both: they are done ahead, for all
-heads, rows or columns, and become arrays of the logits, which are cut into tiles like a bias and get their gradients like one. What is
-left is a lookup by query and key in a table that is small once batch and head are chosen, and that table becomes an array of
-the logits as well. What neither fits is computed as it stands, which only plain JAX can.
+`table[head, bucket(q - k)]`. A kernel has no gather. But most lookups do not depend on query and key both: they are done ahead, for
+all heads, rows or columns, and become arrays of the logits, which are cut into tiles like a bias and get their gradients like one.
+What is left is a lookup by query and key in a table that is small once batch and head are chosen, and that table becomes an array
+of the logits as well. What neither fits is computed as it stands, which only plain JAX can.
 
 The function is traced for the whole problem to decide this (`bind`), and again for each shape of tile; the lookups of the one
 trace are those of the other in the order in which they occur.
@@ -299,6 +299,6 @@ def _reason(fn: Callable, trace: Trace, ways: list[Any], whole: list[Any], array
               "implementation='xla', can. Index it by batch, head and positions")
   for way in ways:
     if way[1] is not None and arrays[way[0]].shape[-1] > lookup.LARGEST:
-      return (f"{name} looks up {arrays[way[0]].shape[-1]} entries by query and key together, and a kernel at most {lookup.LARGEST}; "
-              "use implementation='xla', or bucket the positions")
+      return (f"{name} looks up {arrays[way[0]].shape[-1]} entries by query and key together, and a kernel at most "
+              f"{lookup.LARGEST}; use implementation='xla', or bucket the positions")
   return None

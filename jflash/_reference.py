@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 
 def attention(query, key, value, bias=None, keep=None, *, scale=None, logits_soft_cap=None, alibi_slopes=None,
-              query_positions=None, key_value_positions=None, score_mod=None, score_operands=(), sinks=None, factors=None, dtype=None):
+              query_positions=None, key_value_positions=None, score_mod=None, score_operands=(), sinks=None,
+              factors=None, dtype=None):
   """softmax(cap(score_mod(scale · Q Kᵀ + bias + alibi))) V over the keys that `keep` allows, in `dtype`.
 
   Args:

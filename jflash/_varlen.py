@@ -18,9 +18,9 @@ def attention_varlen(query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seq
 
       out[cu_q[n]:cu_q[n+1]] = attention(query[cu_q[n]:cu_q[n+1]], key[cu_k[n]:cu_k[n+1]], value[cu_k[n]:cu_k[n+1]], ...)
 
-  Positions begin at 0 in each sequence, and `batch` in `score_mod`, `masks.Custom` and dropout is the number of the sequence, so the
-  answer is that of a padded batch. Tiles that hold no sequence's queries and keys together are skipped, so that work
-  grows with the sum of the products of lengths. Lengths that are known while tracing (NumPy arrays) make the shortest lists of tiles.
+  Positions begin at 0 in each sequence, and `batch` in `score_mod`, `masks.Custom` and dropout is the number of the sequence, so
+  that the answer is that of a padded batch. Tiles that hold no sequence's queries and keys together are skipped: work grows with
+  the sum of the products of lengths. Lengths that are known while tracing (NumPy arrays) make the shortest lists of tiles.
 
   Args:
     query: `[total_q, N, H]`, all sequences' queries one after another.
@@ -31,8 +31,8 @@ def attention_varlen(query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seq
     bias, mask: as in `attention`, broadcast to `[N, total_q, total_k]`; or a mask from `jflash.masks`, which speaks of positions.
     query_positions, key_value_positions: integers `[total_q]` and `[total_k]` in place of those within the sequences.
     sinks, implementation, return_residual: as in `attention`.
-    **options: `scale`, `is_causal`, `local_window_size`, `logits_soft_cap`, `alibi_slopes` (`[N]` or `[sequences, N]`), `score_mod`,
-      `score_operands`, `dropout_rate`, `dropout_key`, `head_ids`, as in `attention`.
+    **options: `scale`, `is_causal`, `local_window_size`, `logits_soft_cap`, `alibi_slopes` (`[N]` or `[sequences, N]`),
+      `score_mod`, `score_operands`, `dropout_rate`, `dropout_key`, `head_ids`, as in `attention`.
 
   Returns:
     `out [total_q, N, E]`; with `return_residual` also `lse [total_q, N]`.

@@ -142,7 +142,8 @@ def _run(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.Visits, gradien
 
   length = lambda side: walk.counts[side] * walk.plan.tiles[side]
   dtypes = row_dtypes or (walk.dtype,) * len(added.rows)
-  buffers = Parts([jnp.zeros((walk.batch, length(0), walk.kv_heads * walk.groups, x.shape[-1]), d) for x, d in zip(added.rows, dtypes)],
+  heads = walk.kv_heads * walk.groups
+  buffers = Parts([jnp.zeros((walk.batch, length(0), heads, x.shape[-1]), d) for x, d in zip(added.rows, dtypes)],
                   [jnp.zeros((walk.batch, length(1), walk.kv_heads, x.shape[-1]), walk.dtype) for x in added.columns],
                   [zeros(inputs.leaves[n]) for n in gradients_of])
   return walk.each_row(visits, each_row, buffers)

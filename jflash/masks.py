@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _check, _program
+from . import _check, _check_functions, _program
 from ._mask import Mask, Sizes, Span, brief, conjunction
 from ._pytree import is_static, pytree
 
@@ -266,8 +266,8 @@ class Custom(Mask):
       `documents[batch, query] == documents[batch, key]`. What it closes over counts as an operand.
     *operands: arrays, which may be traced.
     tile: `tile(query span, key span) -> (some, all)`, the same for whole tiles, so that they can be skipped: `some` must be True
-      where any element may be kept, `all` only where every element is. Spans are positions, `.lo` to `.hi`, both inclusive, as arrays
-      that broadcast. Without it nothing is skipped; `Window(255, 0) & Custom(fn)` says as much.
+      where any element may be kept, `all` only where every element is. Spans are positions, `.lo` to `.hi`, both inclusive, as
+      arrays that broadcast. Without it nothing is skipped; `Window(255, 0) & Custom(fn)` says as much.
 
   Raises:
     ValueError: `fn` fails on the operands, or what it returns is not boolean or does not broadcast.
@@ -285,7 +285,7 @@ class Custom(Mask):
       object.__setattr__(self, name, value)
 
   def bind(self, sizes):
-    _check.mask_function(self.fn, self.operands)
+    _check_functions.mask_function(self.fn, self.operands)
     fixed = jax.lax.stop_gradient([jnp.asarray(x) for x in self.operands])  # what is kept has no derivative
     return BoundCustom(_program.bind(self.fn, fixed, sizes), self.rule)
 
@@ -304,7 +304,7 @@ class BoundCustom(Mask):
     return self.program.on_tile(at)
 
   def tile(self, at):
-    return super(BoundCustom, self).tile(at) if self.rule is None else self.rule(at.q, at.k)
+    return super().tile(at) if self.rule is None else self.rule(at.q, at.k)
 
   def __repr__(self):
     return f"Custom(fn={brief(self.program.fn)})"
