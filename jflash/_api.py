@@ -25,8 +25,8 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
       s   = cap(score_mod(scale · q·k + bias - slope · |q position - k position|)), -inf where the mask keeps nothing
       lse = log(exp(sink) + Σ_k exp(s))            out = Σ_k drop(exp(s - lse)) v
 
-  with cap(x) = c · tanh(x / c); terms that are not given are left out. Scores and sums are float32 (float64 for
-  float64 inputs). B batch, T queries, S keys, N query heads, K key/value heads (N a multiple of K), H query/key width, E value width; all sizes >= 1.
+  with cap(x) = c · tanh(x / c); terms that are not given are left out. Scores and sums are float32 (float64 for float64 inputs).
+  B batch, T queries, S keys, N query heads, K key/value heads (N a multiple of K), H query/key width, E value width; all >= 1.
 
   Args:
     query: `[B, T, N, H]`, or `[T, N, H]` without a batch; bfloat16, float16, float32 or float64.
@@ -104,12 +104,12 @@ def compute(problem: Problem, sinks: Any, implementation: str | None) -> tuple[A
 
 
 def make_problem(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, *, scale: Any = None,
-                 is_causal: bool = False, query_seq_lengths: Any = None, key_value_seq_lengths: Any = None, local_window_size: Any = None,
-                 query_positions: Any = None, key_value_positions: Any = None, query_segment_ids: Any = None,
-                 key_value_segment_ids: Any = None, logits_soft_cap: Any = None, alibi_slopes: Any = None, score_mod: Any = None,
-                 score_operands: Any = (), dropout_rate: Any = 0.0, dropout_key: Any = None, batch_ids: Any = None,
-                 head_ids: Any = None) -> Problem:
-  """The arguments of `attention`, checked and laid out. `batch_ids` may be a pair: those of queries `[T]` and those of keys `[S]`."""
+                 is_causal: bool = False, query_seq_lengths: Any = None, key_value_seq_lengths: Any = None,
+                 local_window_size: Any = None, query_positions: Any = None, key_value_positions: Any = None,
+                 query_segment_ids: Any = None, key_value_segment_ids: Any = None, logits_soft_cap: Any = None,
+                 alibi_slopes: Any = None, score_mod: Any = None, score_operands: Any = (), dropout_rate: Any = 0.0,
+                 dropout_key: Any = None, batch_ids: Any = None, head_ids: Any = None) -> Problem:
+  """The arguments of `attention`, checked and laid out. `batch_ids` may be a pair: of queries `[T]` and of keys `[S]`."""
   q, k, v = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
   _check.inputs(q, k, v)
   if q.ndim == 3:
