@@ -115,8 +115,8 @@ def varlen(query: Any, key: Any, value: Any, options: dict[str, Any]) -> None:
   """The arrays of `attention_varlen` have no batch axis, and there are no options that speak of one."""
   for name, x in (("query", query), ("key", key), ("value", value)):
     if x.ndim != 3:
-      raise ValueError(f"`{name}` has {x.ndim} axes and shape {x.shape}; pass [total, heads, width], one sequence after another, or "
-                       "use jflash.attention for a batch.")
+      raise ValueError(f"`{name}` has {x.ndim} axes and shape {x.shape}; pass [total, heads, width], one sequence after another, "
+                       "or use jflash.attention for a batch.")
   for name in options:
     if name in _OF_A_BATCH:
       raise TypeError(f"`{name}` is an argument of attention, not of attention_varlen; `cu_seqlens_q` and `cu_seqlens_k` say where "

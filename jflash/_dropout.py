@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.random import threefry2x32_p
 
 from ._mask import Sizes
 from ._pytree import pytree
@@ -60,6 +59,13 @@ def _words(key: Any, batch: Any, head: Any, side: int, position: Any) -> Any:
 
 
 def _threefry(key: tuple[Any, Any], a: Any, b: Any) -> tuple[Any, Any]:
-  words = jnp.broadcast_arrays(*(jnp.asarray(x).astype(np.uint32) for x in (*key, a, b)))
-  first, second = threefry2x32_p.bind(*words)
-  return first, second
+  """Threefry-2x32, 20 rounds, on integers that broadcast. (JAX's own primitive does not, under `vmap`, in JAX 0.10.2.)"""
+  k0, k1, x0, x1 = (jnp.asarray(x).astype(np.uint32) for x in (*key, a, b))
+  keys = k0, k1, k0 ^ k1 ^ np.uint32(0x1BD11BDA)
+  x0, x1 = x0 + keys[0], x1 + keys[1]
+  for group in range(5):
+    for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+      x0 = x0 + x1
+      x1 = x0 ^ ((x1 << np.uint32(turn)) | (x1 >> np.uint32(32 - turn)))
+    x0, x1 = x0 + keys[(group + 1) % 3], x1 + keys[(group + 2) % 3] + np.uint32(group + 1)
+  return x0, x1
