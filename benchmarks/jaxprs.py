@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend import core
 
 KERNEL = "pallas_call"
+SHAPES = ("convert_element_type", "squeeze", "reshape", "broadcast_in_dim", "expand_dims")  # not worth a mention in a name
 LOOPS = ("scan", "while", "cond")
 # A linear map with a transpose of its own is a primitive without a jaxpr; how it is computed is a JAX function.
 COMPUTED_BY_JAX = ("jflash_linear_map",)
@@ -116,7 +117,7 @@ def _computed(eqn: Any, reads: Sequence[Value]) -> list[Value]:
   @functools.cache
   def results():
     with jax.ensure_compile_time_eval():
-      out = eqn.primitive.bind(*(x.known() for x in reads), **eqn.params)
+      out = eqn.primitive.bind(*(x.known() for x in reads), **eqn.params)  # pyright: ignore[reportOptionalCall]
     return [np.asarray(x) for x in (out if eqn.primitive.multiple_results else [out])]
 
   return [Value(v.aval.shape, v.aval.dtype, lambda n=n: results()[n]) for n, v in enumerate(eqn.outvars)]
@@ -143,8 +144,8 @@ def _needed(operations: Sequence[Operation], results: Sequence[Value]) -> list[O
 def stages(program: Program) -> list[Operation | list[Group]]:
   """The kernels in order, and before, between and after them the groups that their inputs and the results need.
 
-  An operation belongs behind the last kernel that it depends on; within such a stage, operations that pass values to each other form
-  a group.
+  An operation belongs behind the last kernel that it depends on; within such a stage, operations that pass values to each other
+  form a group.
   """
   level: dict[int, int] = {}
   stage: list[list[Operation]] = [[]]
@@ -182,4 +183,5 @@ def _summary(members: Sequence[Operation], program: Program) -> Group:
   outside = {id(x) for other in program.operations if id(other) not in inside for x in other.reads} | set(map(id, program.results))
   read = {id(x): x for member in members for x in member.reads if id(x) not in made and not x.known}
   names = dict.fromkeys(member.name for member in members)
-  return Group(", ".join(names), list(read.values()), [x for number, x in made.items() if number in outside])
+  telling = [name for name in names if name not in SHAPES] or names
+  return Group(", ".join(telling), list(read.values()), [x for number, x in made.items() if number in outside])

@@ -42,8 +42,13 @@ class Operand:
     """How many times the array is moved as a whole."""
     return self.bytes / _size(self.shape, self.dtype)
 
+  @property
+  def text(self) -> str:
+    """"bfloat16[2,8,1024,64]"."""
+    return f"{np.dtype(self.dtype).name}[{','.join(map(str, self.shape))}]"
+
   def __str__(self) -> str:
-    return f"{self.name} {_text(self.shape, self.dtype)}"
+    return f"{self.name} {self.text}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +214,3 @@ def _size(shape: Sequence[int], dtype: Any) -> int:
 
 def _lane_size(shape: Sequence[int], dtype: Any) -> int:
   return _size((*shape[:-1], -(-shape[-1] // LANES) * LANES) if shape else (), dtype)
-
-
-def _text(shape: Sequence[int], dtype: Any) -> str:
-  return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}]"
-

@@ -1,8 +1,8 @@
 """What standard attention moves: its passes over arrays that do not stay on chip, itemised by hand.
 
-Dao et al., arXiv:2205.14135: Algorithm 0 (forward) and Algorithm 3 (backward) are `BARE`. `UNFUSED` adds what a training step had at
-that time, one pass for each operation: a causal mask (`masked_fill`) and dropout, whose kept elements are saved as one byte each.
-The scale is a pass over Q, which is small; it is left out.
+Bare: Algorithms 0 (forward) and 3 (backward) of Dao et al., arXiv:2205.14135. Unfused adds a causal mask C (one byte an element, as
+`masked_fill` reads it) and dropout, whose choices Z are saved as one byte each, one pass for each operation. The scale is a pass
+over Q, which is small; it is left out.
 """
 
 import dataclasses
