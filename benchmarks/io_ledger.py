@@ -129,6 +129,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--setting", type=options.integers, default=list(dataclasses.astuple(PAPER)), metavar="B,T,N,H",
                       help="of the comparison with standard attention: batch, length, heads, width")
   parser.add_argument("--sparse-length", type=int, default=8192, help="N of the block-sparse masks")
+  parser.add_argument("--densities", type=int, default=16, metavar="COUNT", help="of block-sparse masks, from 1/COUNT to 1")
   return parser.parse_args(argv)
 
 
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   shape = Shape(*args.setting)
   chosen, fitting = io_counts.chosen_tiles(shape), io_counts.best_tiles(shape, io_counts.A100_SM, [32, 64, 128, 256, 512])
   found = {tiles: io_counts.count(shape, tiles) for tiles in dict.fromkeys([fitting, (128, 128), (256, 256), chosen])}
-  rows = io_counts.block_sparse(args.sparse_length, 64, [n / 16 for n in range(17)])
+  rows = io_counts.block_sparse(args.sparse_length, 64, [n / args.densities for n in range(args.densities + 1)])
   fits = {", ".join(map(str, n)): io_counts.sweep(n, args.widths, args.sides) for n in (args.lengths, args.short)}
   roles = {fitting: ", best within 192 KiB", chosen: ", used"}
   tables = [

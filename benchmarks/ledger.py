@@ -170,11 +170,13 @@ def block_starts(call: Operation) -> Iterator[list[tuple[np.ndarray, np.ndarray]
   mapping, lists = call.params["grid_mapping"], prefetched(call)
   grid = tuple(mapping.grid)
   steps = math.prod(grid)
+  maps = [(str(block.index_map_jaxpr), block.block_shape) for block in mapping.block_mappings]
+  distinct = dict(zip(maps, mapping.block_mappings))  # q, dout and out are cut alike, for instance
 
   def at(step):
     place = jnp.unravel_index(step, grid)
     return [jnp.stack([jnp.asarray(i, jnp.int32) for i in block.compute_start_indices_interpret(place, *lists)])
-            for block in mapping.block_mappings]
+            for block in distinct.values()]
 
   look_up = jax.jit(jax.vmap(at))
   chunk = min(CHUNK, steps)
@@ -185,7 +187,8 @@ def block_starts(call: Operation) -> Iterator[list[tuple[np.ndarray, np.ndarray]
     if first + count == steps:
       for _, after in ends:
         after[-1] = -1
-    yield ends
+    found = dict(zip(distinct, ends))
+    yield [found[key] for key in maps]
 
 
 def _moves(block: Any, starts: np.ndarray, after: np.ndarray) -> tuple[int, int, int]:

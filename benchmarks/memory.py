@@ -29,9 +29,8 @@ PAPER = {"PyTorch": (36, 104, 336, 1184, 4416, 17024), "FlashAttention": (22, 44
 PAPER_LENGTHS = [128 << n for n in range(10)]
 CPU = "cpu"
 LEGEND = f"""\
-MiB of temporary memory beside inputs and outputs: batch {BATCH}, {HEADS} heads, d {WIDTH}, forward and backward, not causal. ×: over
-the row above. naive: einsum, softmax in float32, einsum. In brackets: the compiler refuses, because the chip has less than it would
-need.
+MiB of temporary memory beside inputs and outputs: batch {BATCH}, {HEADS} heads, d {WIDTH}, forward and backward, not causal. ×: over the
+row above. naive: einsum, softmax in float32, einsum. In brackets: the compiler refuses, because the chip has less than it would need.
 """
 PAPER_LEGEND = """\
 PyTorch, FlashAttention: MB that the paper measured on an A100 with 40 GB in float16, where PyTorch ran out of memory from 8192 on.
@@ -60,13 +59,13 @@ class Need:
   refused: str = ""
 
 
-def temporary(function: Callable, target: str, dtype: str, length: int, batch: int = BATCH, heads: int = HEADS) -> Need:
+def temporary(function: Callable, target: str, dtype: str, length: int, batch: int = BATCH) -> Need:
   """What forward and backward of `function` need; `target` is one of `chips.CHIPS`, or "cpu"."""
   def both(q, k, v, dout):
     out, pullback = jax.vjp(function, q, k, v)
     return out, pullback(dout)
 
-  x = jax.ShapeDtypeStruct((batch, length, heads, WIDTH), dtype)
+  x = jax.ShapeDtypeStruct((batch, length, HEADS, WIDTH), dtype)
   try:
     compiled = jax.jit(both).lower(*[x] * 4).compile() if target == CPU else chips.compile_for(target, both, *[x] * 4)
   except jax.errors.JaxRuntimeError as error:
