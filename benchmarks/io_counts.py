@@ -144,5 +144,6 @@ def chosen_tiles(shape: Shape) -> tuple[int, int]:
 def best_tiles(shape: Shape, limit: int, sides: Sequence[int]) -> tuple[int, int]:
   """Those (rows, columns) that move least among those whose blocks and scratch fit into `limit` bytes."""
   one = dataclasses.replace(shape, batch=1, heads=1)
-  found = {tiles: count(one, tiles) for tiles in itertools.product([n for n in sides if n <= shape.length], repeat=2)}
+  sides = [n for n in sides if n <= shape.length]
+  found = {(rows, columns): count(one, (rows, columns)) for rows in sides for columns in sides}
   return min((tiles for tiles in found if found[tiles].on_chip <= limit), key=lambda tiles: found[tiles].kernel_bytes)

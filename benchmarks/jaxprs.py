@@ -72,12 +72,12 @@ class _Flattener:
 
   def inline(self, closed: Any, args: Sequence[Value]) -> list[Value]:
     jaxpr = closed.jaxpr
-    values = dict(zip(jaxpr.constvars, map(self._constant, closed.consts))) | dict(zip(jaxpr.invars, args))
+    values = dict(zip(jaxpr.constvars, map(self._constant, closed.consts))) | dict(zip(jaxpr.invars, args, strict=True))
     read = lambda v: self._constant(v.val) if isinstance(v, core.Literal) else values[v]
     for eqn in jaxpr.eqns:
       reads = [read(v) for v in eqn.invars]
       inner = _inner(eqn)
-      values |= dict(zip(eqn.outvars, self.inline(inner, reads) if inner else self._operation(eqn, reads)))
+      values |= dict(zip(eqn.outvars, self.inline(inner, reads) if inner else self._operation(eqn, reads), strict=True))
     return [read(v) for v in jaxpr.outvars]
 
   def _operation(self, eqn: Any, reads: Sequence[Value]) -> Sequence[Value]:
@@ -108,7 +108,7 @@ def _inner(eqn: Any) -> Any:
       raise ValueError(f"a kernel inside of `{name}` runs a number of times that is not looked into; call it outside.")
     return None
   inner = params.get("call_jaxpr", params.get("jaxpr"))
-  return core.ClosedJaxpr(inner, []) if isinstance(inner, core.Jaxpr) else inner
+  return inner if inner is None or hasattr(inner, "consts") else core.ClosedJaxpr(inner, [])
 
 
 def _computed(eqn: Any, reads: Sequence[Value]) -> list[Value]:

@@ -29,8 +29,9 @@ PAPER = {"PyTorch": (36, 104, 336, 1184, 4416, 17024), "FlashAttention": (22, 44
 PAPER_LENGTHS = [128 << n for n in range(10)]
 CPU = "cpu"
 LEGEND = f"""\
-MiB of temporary memory beside inputs and outputs: batch {BATCH}, {HEADS} heads, d {WIDTH}, forward and backward, not causal. ×: over the
-row above. naive: einsum, softmax in float32, einsum. In brackets: the compiler refuses, because the chip has less than it would need.
+MiB of temporary memory beside inputs and outputs: batch {BATCH}, {HEADS} heads, d {WIDTH}, forward and backward, not causal. naive:
+einsum, softmax in float32, einsum. ×: over the row above. In brackets: the compiler refuses, as the chip has less than it would
+need.
 """
 PAPER_LEGEND = """\
 PyTorch, FlashAttention: MB that the paper measured on an A100 with 40 GB in float16, where PyTorch ran out of memory from 8192 on.

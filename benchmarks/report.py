@@ -167,7 +167,7 @@ def _frame(axis: Any, ticks: Sequence[float], logarithmic: bool) -> None:
   if logarithmic:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xticks(ticks, [f"{t:g}" if t < 1024 or t % 1024 else f"{t // 1024}K" for t in ticks])
+    axis.set_xticks(ticks, [str(t) if t < 1024 or t % 1024 else f"{t // 1024}K" for t in ticks])
     axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
   else:

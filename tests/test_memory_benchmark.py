@@ -7,11 +7,10 @@ import pytest
 from benchmarks import chips, memory
 from tests import tpu_topology
 
-TARGETS = ("cpu", "v5e")
-LENGTHS = 1024, 2048  # for fewer, a TPU keeps some of the arrays on chip
+LENGTHS = 1024, 2048  # for fewer, a v5p keeps some of the arrays on chip
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["cpu", pytest.param("v5p", marks=pytest.mark.slow)])
 def test_slopes(target):
   if target in chips.CHIPS:
     tpu_topology.device(target)
