@@ -77,11 +77,12 @@ class _Flattener:
     for eqn in jaxpr.eqns:
       reads = [read(v) for v in eqn.invars]
       inner = _inner(eqn)
-      values |= dict(zip(eqn.outvars, self.inline(inner, reads) if inner else self._operation(eqn, reads), strict=True))
+      results = self._operation(eqn, reads) if inner is None else self.inline(inner, reads)
+      values |= dict(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
   def _operation(self, eqn: Any, reads: Sequence[Value]) -> Sequence[Value]:
-    if eqn.primitive.name in ("name", "copy", "optimization_barrier"):
+    if eqn.primitive.name == "name":  # a mark for `jax.checkpoint`
       return reads
     key = (eqn.primitive.name, str(eqn.params), tuple(map(id, reads)))
     if key not in self._seen:

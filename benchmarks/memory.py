@@ -24,7 +24,7 @@ from . import chips, machine, options, report
 
 BATCH, HEADS, WIDTH = 16, 8, 64
 MIB = 2**20
-# MB on an A100 with 40 GB, float16, for N = 128, 256, …: the peak of forward and backward, inputs and outputs included.
+# MB on an A100 with 40 GB, float16, for N = 128, 256, …: Table 21.
 PAPER = {"PyTorch": (36, 104, 336, 1184, 4416, 17024), "FlashAttention": (22, 44, 104, 209, 418, 836, 1672, 3344, 6688, 13376)}
 PAPER_LENGTHS = [128 << n for n in range(10)]
 CPU = "cpu"
@@ -34,8 +34,8 @@ einsum, softmax in float32, einsum. ×: over the row above. In brackets: the com
 need.
 """
 PAPER_LEGEND = """\
-PyTorch, FlashAttention: MB that the paper measured on an A100 with 40 GB in float16, where PyTorch ran out of memory from 8192 on.
-Inputs, outputs and gradients are in them, so that slopes compare and values do not.
+PyTorch, FlashAttention: MB that the paper measured in runs on an A100 with 40 GB, float16, where PyTorch ran out of memory from 8192
+on; not what is beside inputs and outputs, so that slopes compare and values do not.
 """
 
 
