@@ -34,8 +34,8 @@ einsum, softmax in float32, einsum. ×: over the row above. In brackets: the com
 need.
 """
 PAPER_LEGEND = """\
-PyTorch, FlashAttention: MB that the paper measured in runs on an A100 with 40 GB, float16, where PyTorch ran out of memory from 8192
-on; not what is beside inputs and outputs, so that slopes compare and values do not.
+PyTorch, FlashAttention: MB that the paper measured in runs on an A100 with 40 GB, float16, where PyTorch ran out of memory from
+8192 on; not what is beside inputs and outputs, so that slopes compare and values do not.
 """
 
 
