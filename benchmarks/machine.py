@@ -32,8 +32,11 @@ def memory() -> int:
 
 def header() -> dict[str, str]:
   """What a table must say for its numbers to mean anything."""
+  return {"Device": device_name()} | software()
+
+
+def software() -> dict[str, str]:
   return {
-    "Device": device_name(),
     "Software": f"jflash {jflash.__version__}, JAX {jax.__version__}, jaxlib {jaxlib.version.__version__}, "
                 f"Python {platform.python_version()}",
     "Date": datetime.date.today().isoformat(),

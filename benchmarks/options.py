@@ -16,15 +16,21 @@ def integers(text: str) -> list[int]:
   return [int(word) for word in words(text)]
 
 
-def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
-  """With the options that every benchmark has; the first line of `doc` describes it."""
+def page_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+  """For whatever writes a page; the first line of `doc` describes it."""
   made = argparse.ArgumentParser(description=(doc or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+  made.add_argument("--out", type=pathlib.Path, help="where to write, without .md and .png",
+                    default=pathlib.Path("benchmarks/results") / name)
+  return made
+
+
+def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+  """With the options that everything timed has besides."""
+  made = page_parser(doc, f"{name}-{machine.slug()}")
   made.add_argument("--repeats", type=int, default=30, help="rounds at most")
   made.add_argument("--seconds", type=float, default=10.0, help="that one case may take, after compiling")
   made.add_argument("--memory-limit", type=float, default=machine.memory() * 0.6 / 2**30, metavar="GIB",
                     help="what needs more temporary memory is not run")
-  made.add_argument("--out", type=pathlib.Path, help="where to write, without .md and .png",
-                    default=pathlib.Path("benchmarks/results") / f"{name}-{machine.slug()}")
   return made
 
 

@@ -1,6 +1,7 @@
 """Pages and plots of measured rows, whatever was measured."""
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -45,6 +46,22 @@ class Row:
 
   def round_cells(self) -> dict[str, str]:
     return {"rounds": NOTHING if self.times is None else str(len(self.times.rounds))}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line(Row):
+  """A row of any columns, of something that was not timed."""
+
+  columns: Mapping[str, str]
+
+  def key(self) -> dict[str, str]:
+    return {"": self.name}
+
+  def values(self) -> dict[str, str]:
+    return dict(self.columns)
+
+  def cells(self) -> dict[str, str]:
+    return self.values()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,29 +130,32 @@ class Panel:
   xlabel: str
   ylabel: str
   lines: Sequence[tuple[Sequence[tuple[float, float | None]], Mapping[str, Any]]]
+  logarithmic: bool = True
 
 
-def plot(path: pathlib.Path, title: str, panels: Sequence[Sequence[Panel]], legend: Mapping[str, Mapping[str, Any]]) -> None:
-  """Rows of panels with logarithmic axes, those of a row with one y axis; `legend` is label -> look."""
+def plot(path: pathlib.Path, title: str, panels: Sequence[Sequence[Panel]], legend: Mapping[str, Mapping[str, Any]],
+         share: bool = True) -> None:
+  """Rows of panels; `legend` is label -> look. With `share` all have one x axis, and those of a row one y axis."""
   import matplotlib
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
   from matplotlib.lines import Line2D
 
   rows, columns = len(panels), len(panels[0])
-  figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 4.2 * rows if rows > 1 else 5.2), sharex=True, sharey="row",
-                              squeeze=False, layout="constrained")
-  ticks = sorted({x for row in panels for panel in row for points, _ in panel.lines for x, _ in points})
+  figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 4.2 * rows if rows > 1 else 5.2), sharex=share,
+                              sharey="row" if share else False, squeeze=False, layout="constrained")
+  ticks_of = lambda panels: sorted({x for panel in panels for points, _ in panel.lines for x, _ in points})
   for row, row_axes in zip(panels, axes):
     for panel, axis in zip(row, row_axes):
       for points, style in panel.lines:
         points = sorted((x, y) for x, y in points if y is not None)
         if points:
           axis.plot(*zip(*points), **{"markersize": 5, "linewidth": 1.5, **style})
-      _frame(axis, ticks)
+      _frame(axis, ticks_of(itertools.chain(*panels) if share else [panel]), panel.logarithmic)
       axis.set_title(panel.title, fontsize=11)
       axis.set_xlabel(panel.xlabel)
-    row_axes[0].set_ylabel(row[0].ylabel)
+      if not share or panel is row[0]:
+        axis.set_ylabel(panel.ylabel)
   handles = [Line2D([], [], label=label, **{"markersize": 5, **style}) for label, style in legend.items()]
   figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
   figure.suptitle(title, fontsize=12)
@@ -143,12 +163,16 @@ def plot(path: pathlib.Path, title: str, panels: Sequence[Sequence[Panel]], lege
   plt.close(figure)
 
 
-def _frame(axis: Any, ticks: Sequence[float]) -> None:
-  axis.set_xscale("log", base=2)
-  axis.set_yscale("log")
-  axis.set_xticks(ticks, [str(t) if t < 1024 or t % 1024 else f"{t // 1024}K" for t in ticks])
-  axis.yaxis.set_major_formatter("{x:g}")
-  axis.minorticks_off()
+def _frame(axis: Any, ticks: Sequence[float], logarithmic: bool) -> None:
+  if logarithmic:
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(ticks, [str(t) if t < 1024 or t % 1024 else f"{t // 1024}K" for t in ticks])
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+  else:
+    axis.set_xlim(0)
+    axis.set_ylim(0)
   axis.grid(True, color="0.9")
   axis.spines[["top", "right"]].set_visible(False)
 

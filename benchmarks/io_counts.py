@@ -1,0 +1,149 @@
+"""What the attention kernels move: `ledger` at many sizes, tiles and masks, and fits to what it finds.
+
+The claims that are looked at are those of Dao et al., arXiv:2205.14135: Θ(N²d²/M) bytes, fewer than standard attention, and in
+proportion to the density of a block-sparse mask.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jflash
+from jflash import _plan, masks
+
+from .ledger import Ledger, ledger
+
+BLOCK = 128  # rows and columns of a block of the block-sparse masks
+A100_SM = 192 * 2**10  # bytes of on-chip memory of one of its multiprocessors
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """Self-attention of `length` tokens, bfloat16: as many bytes as float16, which the kernels would compute in float32."""
+
+  batch: int
+  length: int
+  heads: int
+  width: int
+
+  @property
+  def array(self) -> Any:
+    return jax.ShapeDtypeStruct((self.batch, self.length, self.heads, self.width), jnp.bfloat16)
+
+
+PAPER = Shape(batch=64, length=1024, heads=16, width=64)  # Figure 2, left
+
+
+def count(shape: Shape, tiles: tuple[int, int] | None = None, backward: bool = True, **mask: Any) -> Ledger:
+  """The ledger of the TPU kernels, forward and backward; `tiles` (rows, columns) instead of those that are chosen."""
+  def forward(q, k, v):
+    return jflash.attention(q, k, v, implementation="tpu", **mask)
+
+  def both(q, k, v, dout):
+    out, pullback = jax.vjp(forward, q, k, v)
+    return out, pullback(dout)
+
+  # Interpreted kernels are traced like any other, and ask for no chip.
+  with jflash.interpret(), _plan.force_tiles(*tiles) if tiles else contextlib.nullcontext():
+    return ledger(both if backward else forward, *[shape.array] * (4 if backward else 3))
+
+
+# Θ(N²d²/M) ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One head: N, d, the sides of its square tiles, and what one kernel (or all of them) then needs and moves."""
+
+  kernel: str
+  length: int
+  width: int
+  side: int
+  on_chip: int
+  bytes: int
+
+
+ALL = "all kernels"
+
+
+def sweep(lengths: Sequence[int], widths: Sequence[int], sides: Sequence[int]) -> list[Point]:
+  """A point for each kernel, and one for all of them, at each N, d and tile that fits into N.
+
+  There the largest M counts: it is what a chip needs to have.
+  """
+  points = []
+  for length, width, side in itertools.product(lengths, widths, sides):
+    if side <= length:
+      found = count(Shape(1, length, 1, width), (side, side))
+      points += [Point(k.name, length, width, side, k.on_chip, k.bytes) for k in found.kernels]
+      points.append(Point(ALL, length, width, side, found.on_chip, found.kernel_bytes))
+  return points
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """bytes ≈ constant · N^length · d^width · M^on_chip by least squares of the logarithms; `r2` is the share explained."""
+
+  length: float
+  width: float
+  on_chip: float
+  r2: float
+
+
+def fit(points: Sequence[Point]) -> Fit:
+  y = np.log([p.bytes for p in points])
+  x = np.log([[np.e, p.length, p.width, p.on_chip] for p in points])
+  slopes, *_ = np.linalg.lstsq(x, y, rcond=None)
+  length, width, memory = map(float, slopes[1:])
+  return Fit(length, width, memory, 1 - float(np.var(y - x @ slopes) / np.var(y)))
+
+
+# Block-sparse masks ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+  """How much is moved with this share of the blocks kept."""
+
+  density: float
+  kernel_bytes: int
+
+
+def block_sparse(length: int, width: int, densities: Sequence[float]) -> list[Sparse]:
+  """One head, a random table for each density, and the tiles that are chosen, which are the table's blocks."""
+  blocks, found = length // BLOCK, []
+  order = np.random.default_rng(0).permutation(blocks**2).reshape(blocks, blocks)
+  for density in densities:
+    table = order < round(density * blocks**2)
+    moved = count(Shape(1, length, 1, width), mask=masks.BlockSparse(table, (BLOCK, BLOCK))).kernel_bytes
+    found.append(Sparse(float(table.mean()), moved))
+  return found
+
+
+def line(rows: Sequence[Sparse]) -> tuple[float, float, float]:
+  """(slope, intercept, R²) of the bytes against the density."""
+  x, y = np.array([r.density for r in rows]), np.array([r.kernel_bytes for r in rows], float)
+  slope, intercept = np.polyfit(x, y, 1)
+  return float(slope), float(intercept), 1 - float(np.var(y - slope * x - intercept) / np.var(y))
+
+
+# The paper's setting --------------------------------------------------------------------------------------------------
+
+
+def chosen_tiles(shape: Shape) -> tuple[int, int]:
+  with jflash.interpret():
+    return jflash.explain(*[shape.array] * 3, implementation="tpu").tiles
+
+
+def best_tiles(shape: Shape, limit: int, sides: Sequence[int]) -> tuple[int, int]:
+  """Those (rows, columns) that move least among those whose blocks and scratch fit into `limit` bytes."""
+  one = dataclasses.replace(shape, batch=1, heads=1)
+  sides = [n for n in sides if n <= shape.length]
+  found = {(rows, columns): count(one, (rows, columns)) for rows in sides for columns in sides}
+  return min((tiles for tiles in found if found[tiles].on_chip <= limit), key=lambda tiles: found[tiles].kernel_bytes)
