@@ -187,6 +187,12 @@ def block_shape(shape: Any) -> tuple[int, int]:
   return int(shape[0]), int(shape[1])
 
 
+def integer(x: Any, name: str, least: int) -> None:
+  """A Python integer that is not below `least`."""
+  if not isinstance(x, (int, np.integer)) or isinstance(x, bool) or x < least:
+    raise ValueError(f"`{name}` is {x!r}; pass an integer >= {least}.")
+
+
 def same_lengths(sizes: Any, name: str, missing: str) -> None:
   if sizes.queries != sizes.keys:
     raise ValueError(f"`{name}` has no `{missing}`, which takes as many keys as queries, and there are {sizes.queries} queries and "
