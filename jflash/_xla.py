@@ -145,7 +145,9 @@ def _tile_gradients(walk: Walk, chunk: Chunk, i: Any, j: Any, row: Row, columns:
   s, pull = jax.vjp(scores, walk.product.scores(walk.algebra, row.q, k), [x for w, x in zip(wanted, leaves) if w])
   p = softmax.probabilities(s, row.lse)
   ds = softmax.dscores(p, walk.algebra.nt(row.dout, v), row.delta)
-  dqk, dleaves = pull(jnp.where(s == -jnp.inf, 0, ds) if masked else ds)
+  if masked:  # in a row whose lse is NaN, p is NaN also where nothing is seen
+    p, ds = (jnp.where(s == -jnp.inf, 0, x) for x in (p, ds))
+  dqk, dleaves = pull(ds)
   return (walk.product.dq(walk.algebra, dqk, row.q, k, masked), walk.product.dk(walk.algebra, dqk, row.q, k, masked),
           walk.algebra.tn(p.astype(row.q.dtype), row.dout), dleaves)
 

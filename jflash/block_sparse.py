@@ -4,12 +4,13 @@ A pattern is a `masks.BlockSparse` with a NumPy table: what it drops is known wh
 and backward, and it combines with `&`, `|`, `~` like any mask. Blocks are squares of `block` positions. Query block i and key
 block i hold the same positions, with as many queries as keys and without; the last block of either may be shorter.
 
-`jflash.show(mask, queries, keys, tiles=block)` draws a pattern and has its density as `1 - shown.skipped`; `jflash.explain` says what
-`attention` makes of it. Blocks below 64 positions are computed in tiles of 64, with the mask.
+`jflash.show(mask, queries, keys, tiles=block)` draws a pattern and has its density as `1 - shown.skipped`; `jflash.explain` says
+what `attention` makes of it. Blocks below 64 positions are computed in tiles of 64, with the mask.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -242,15 +243,23 @@ def top_k_blocks(query: Any, key: Any, k: int, block: int, *, mask: Any = None, 
   terms += [Causal()] if is_causal else []
   terms += [RowLengths(*(x if x is None else x[:, 0, 0, 0] for x in lengths))] if any(x is not None for x in lengths) else []
 
-  heads, groups = keys.shape[2], sizes.heads // keys.shape[2]
-  means = _block_means(queries, block, lengths[0]).reshape(sizes.batch, -1, heads, groups, queries.shape[3])
-  scores = jnp.einsum("bikgh,bjkh->bkgij", means, _block_means(keys, block, lengths[1]), precision=jax.lax.Precision.HIGHEST)
   visible, _ = Logits(1.0, mask=conjunction([term.bind(sizes) for term in terms], None)).table(*sizes[2:4], (block, block))
-  visible = jnp.broadcast_to(visible, (sizes.batch, sizes.heads, *visible.shape[2:])).reshape(scores.shape)
+  table = _choose(queries, keys, lengths, visible, k, block, is_causal, per_query_head)
+  return conjunction([BlockSparse(table, (block, block)), *terms], None)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+def _choose(queries: Any, keys: Any, lengths: Any, visible: Any, k: int, block: int, own_first: bool, per_query_head: bool) -> Any:
+  """The table of `top_k_blocks`, `[B, N, query blocks, key blocks]`, from whether a block is visible, `[B|1, N|1, …]`."""
+  batch, heads, kv_heads = queries.shape[0], queries.shape[2], keys.shape[2]
+  means = _block_means(queries, block, lengths[0]).reshape(batch, -1, kv_heads, heads // kv_heads, queries.shape[3])
+  scores = jnp.einsum("bikgh,bjkh->bkgij", means, _block_means(keys, block, lengths[1]), precision=jax.lax.Precision.HIGHEST)
+  visible = jnp.broadcast_to(visible, (batch, heads, *scores.shape[3:])).reshape(scores.shape)
+  shape = scores.shape
   if not per_query_head:
     scores, visible = scores.sum(2, keepdims=True), visible.any(2, keepdims=True)
-  chosen = jnp.broadcast_to(_largest(scores, visible, k, is_causal), (sizes.batch, heads, groups, *scores.shape[3:]))
-  return conjunction([BlockSparse(chosen.reshape(sizes.batch, sizes.heads, *scores.shape[3:]), (block, block)), *terms], None)
+  chosen = jnp.broadcast_to(_largest(scores, visible, k, own_first), shape)
+  return chosen.reshape(batch, heads, *shape[3:])
 
 
 def _largest(scores: Any, visible: Any, k: int, own_first: bool) -> Any:
