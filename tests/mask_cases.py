@@ -172,9 +172,10 @@ def best_blocks(q, k, count, block, seen, lengths, own_first, per_query_head):
     scores = scores.reshape(len(q), -1, groups, *scores.shape[2:]).sum(2).repeat(groups, 1)
   table = np.zeros(scores.shape, bool)
   for b, n, i in np.ndindex(*scores.shape[:3]):
-    block_seen = lambda j, rows=seen[b, i * block:(i + 1) * block]: rows[:, j * block:(j + 1) * block].any()
-    order = lambda j, row=scores[b, n, i], own=i if own_first else -1: (j != own, -row[j])
-    table[b, n, i, sorted(filter(block_seen, range(scores.shape[3])), key=order)[:count]] = True
+    seen_here = seen[b, i * block:(i + 1) * block]
+    visible = [j for j in range(scores.shape[3]) if seen_here[:, j * block:(j + 1) * block].any()]
+    best_first = sorted((not (own_first and i == j), -scores[b, n, i, j], j) for j in visible)
+    table[b, n, i, [j for *_, j in best_first[:count]]] = True
   return table
 
 
