@@ -245,7 +245,8 @@ def top_k_blocks(query: Any, key: Any, k: int, block: int, *, mask: Any = None, 
 
   visible, _ = Logits(1.0, mask=conjunction([term.bind(sizes) for term in terms], None)).table(*sizes[2:4], (block, block))
   table = _choose(queries, keys, lengths, visible, k, block, is_causal, per_query_head)
-  return conjunction([BlockSparse(table, (block, block)), *terms], None)
+  together = sizes.heads // keys.shape[2] if per_query_head else 1
+  return conjunction([BlockSparse(table, (block, block), min(k * together, table.shape[-1])), *terms], None)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))

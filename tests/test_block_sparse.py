@@ -121,9 +121,12 @@ def test_a_bad_block_reaches_those_that_see_it_and_no_others(backend, traced):
   table[:, 2] = False
   table[:, :, 3] = False
 
+  most = int(table.reshape(K, N // K, *table.shape[1:]).any(1).sum(-1).max())
+
   def answer(table, q, k, v, dout, dlse):
+    mask = masks.BlockSparse(table, BLOCK, max_blocks=most)
     with using(backend, {"xla": (BLOCK, BLOCK), "tpu": (128, 128)}[backend]):
-      attend = functools.partial(jflash.attention, mask=masks.BlockSparse(table, BLOCK), implementation=backend, return_residual=True)
+      attend = functools.partial(jflash.attention, mask=mask, implementation=backend, return_residual=True)
       (out, lse), pull = jax.vjp(attend, q, k, v)
       return out, lse, *pull((dout, dlse))
 
@@ -168,10 +171,10 @@ def test_the_ragged_end_is_visited_too(preset):
   np.testing.assert_array_equal(visited(columns, preset.table.T.shape)[0, 0], preset.table.T)
 
 
-def lists(backend, mask, q, k):
+def lists(backend, mask, q, k, **positions):
   """The visits by row and by column as `attention` takes them, and the plan."""
-  sizes = _mask.Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-  problem = Problem(q, k, k, Logits(1.0, mask=mask.bind(sizes)))
+  sizes = _mask.Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1], **positions)
+  problem = Problem(q, k, k, Logits(1.0, mask=mask.bind(sizes), **positions))
   plan = {"xla": _plan.plan_xla, "tpu": _plan.plan_tpu}[backend](problem)
   rows, columns, _ = _plan.make_schedule(problem, plan)
   return rows, columns, plan
@@ -185,6 +188,84 @@ def visited(visits, shape):
     for code in codes[b, h, :starts[b, h, -1]]:
       count[b, h, schedule.outer(code), schedule.inner(code)] += schedule.kind(code) != schedule.EMPTY
   return count
+
+
+# Lists whose length is known though the table is traced ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", range(1, 13))
+def test_how_many_pieces_a_piece_reaches_into(tile):
+  for block in range(1, 13):
+    most = max(len({n // block for n in range(i * tile, (i + 1) * tile)}) for i in range(block))
+    assert masks._crossed(tile, block) == most
+
+
+def sparse_table(count, shape):
+  """`count` True blocks in each row of `[B, N, rows, columns]`, the same for the N // K heads of a group."""
+  lots = np.random.default_rng(0).random((*shape[:1], K, *shape[2:]))
+  return np.repeat(lots.argsort(-1) < count, shape[1] // K, 1)
+
+
+@pytest.mark.parametrize("tiles, block, most", [  # of two blocks in a row
+    ((64, 64), (64, 64), 2), ((128, 128), (64, 64), 4), ((48, 80), (64, 64), 8), ((48, 80), (40, 96), 8), ((100, 32), (40, 96), 18)])
+def test_lists_are_as_long_as_the_bound_and_visit_the_same(tiles, block, most):
+  q, k = np.zeros((2, 1000, N, 1), "f"), np.zeros((2, 1500, K, 1), "f")
+  table = jnp.asarray(sparse_table(2, (2, N, -(-1000 // block[0]), -(-1500 // block[1]))))
+  rows, columns = -(-1000 // tiles[0]), -(-1500 // tiles[1])
+  with _plan.force_tiles(*tiles):
+    loose, loose_back, _ = lists("xla", masks.BlockSparse(table, block), q, k)
+    tight, tight_back, _ = lists("xla", masks.BlockSparse(table, block, 2), q, k)
+  assert loose.codes.shape[-1] == rows * columns
+  assert tight.codes.shape[-1] == rows * most and tight_back.codes.shape[-1] == min(rows * columns, rows * most + columns)
+  for a, b, shape in ((loose, tight, (rows, columns)), (loose_back, tight_back, (columns, rows))):
+    np.testing.assert_array_equal(a.starts, b.starts)
+    assert a.starts[..., -1].max() <= b.codes.shape[-1]
+    np.testing.assert_array_equal(visited(a, shape), visited(b, shape))
+
+
+def test_bounds_compose():
+  three, five = (masks.BlockSparse(np.eye(8, dtype=bool), 64, n) for n in (3, 5))
+  free = masks.BlockSparse(np.eye(8, dtype=bool), 64)
+  for mask, most in ((three, 3), (three & five, 3), (three | five, 8), (masks.Causal() & five, 5), (five & masks.Causal(), 5),
+                     (three | masks.Causal(), None), (masks.Causal() | three, None), (~three, None), (free, None),
+                     (free & three, 3), (masks.Causal() & masks.Window(3), None)):
+    assert mask.most((64, 64)) == most, mask
+
+
+def test_positions_lift_the_bound():
+  """Rows that lie in any order may need any tiles."""
+  mask, (q, k, *_) = masks.BlockSparse(jnp.eye(7, 5, dtype=bool), (64, 64), 1), draw()
+  with _plan.force_tiles(64, 64):
+    assert lists("xla", mask, q, k)[0].codes.shape[-1] == 7 * 1
+    for positions in ({"query_positions": np.arange(T)[None, None, ::-1, None]}, {"key_positions": np.arange(S)[None, None, None] * 7 % S}):
+      assert lists("xla", mask, q, k, **positions)[0].codes.shape[-1] == 7 * 5
+
+
+def test_a_broken_promise_cuts_rows_off_in_both_passes():
+  """The table says three blocks in a row, the promise two: the third is seen by nobody, and no row is left unwritten."""
+  table = jnp.asarray(sparse_table(3, (1, N, 7, 5)))
+  cut = np.asarray(table & (jnp.cumsum(table, -1) <= 2))
+  q, k, v, *cotangents = draw()
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def answer(table, most):
+    with using("xla", (BLOCK, BLOCK)):
+      attend = functools.partial(jflash.attention, mask=masks.BlockSparse(table, BLOCK, most), implementation="xla", return_residual=True)
+      out, pull = jax.vjp(attend, q, k, v)
+      return *out, *pull(tuple(cotangents))
+
+  for x, y in zip(answer(table, 2), answer(cut, None)):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("per_query_head, most", [(False, 3), (True, 9)])
+def test_a_choice_knows_its_bound(per_query_head, most):
+  q, k = qk(queries=640, keys=640)
+  mask = block_sparse.top_k_blocks(q, k, 3, 32, is_causal=True, per_query_head=per_query_head)
+  assert mask.most((32, 32)) == most
+  assert block_sparse.top_k_blocks(q, k, 50, 32).most((32, 32)) == 20
+  union = table_of(mask).reshape(2, 2, 3, 20, 20).any(2)
+  assert union.sum(-1).max() <= most
 
 
 # What is chosen -------------------------------------------------------------------------------------------------------
@@ -292,7 +373,7 @@ def test_the_blocks_that_carry_the_softmax_are_chosen():
 def test_attention_comes_closer_to_dense_as_more_blocks_are_taken():
   q, k, _ = clusters(noise=1.0)
   v = np.random.default_rng(1).normal(size=k.shape).astype("f")
-  dense = jflash.attention(q, k, v)
+  dense = _reference.attention(q, k, v)[0]
   attend = jax.jit(lambda mask: jflash.attention(q, k, v, mask=mask))
   errors = [float(abs(attend(block_sparse.top_k_blocks(q, k, count, 32)) - dense).mean()) for count in (1, 2, 3, 6, 12)]
   assert errors == sorted(errors, reverse=True) and errors[2] < errors[0] / 3 and errors[-1] < 1e-6
@@ -325,6 +406,10 @@ ERRORS = {
     "seed": (lambda: block_sparse.bigbird(64, 64, 8, seed=-1), "`seed` is -1; pass an integer >= 0"),
     "stride": (lambda: block_sparse.strided(64, 64, 8, local=1, stride=0), "`stride` is 0; pass an integer >= 1"),
     "strided local": (lambda: block_sparse.strided(64, 64, 8, local=True, stride=2), "`local` is True; pass an integer >= 0"),
+    "max_blocks": (lambda: masks.BlockSparse(np.eye(4, dtype=bool), 8, 0), "`masks.BlockSparse.max_blocks` is 0; pass an integer >= 1"),
+    "promise": (lambda: masks.BlockSparse(np.tri(4, dtype=bool), 8, 3),
+                "`masks.BlockSparse.max_blocks` is 3 and a row of `table` has 4 True blocks; pass at least 4, or None"),
+    "jax promise": (lambda: masks.BlockSparse(jnp.tri(4, dtype=bool), 8, 2), "max_blocks` is 2 and a row of `table` has 4 True"),
     "k": (lambda: block_sparse.top_k_blocks(Q, KEY, 0, 8), "`k` is 0; pass an integer >= 1"),
     "top block": (lambda: block_sparse.top_k_blocks(Q, KEY, 2, 0.5), "`block` is 0.5; pass an integer >= 1"),
     "heads": (lambda: block_sparse.top_k_blocks(Q, KEY[:, :, :1].repeat(3, 2), 2, 8), "`key` has 3 heads and `query` has 4"),
