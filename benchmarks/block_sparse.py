@@ -70,7 +70,7 @@ def candidates(length: int, block: int, shares: Sequence[int]) -> dict[str, Cand
   """Name -> what is measured; the first is dense attention."""
   blocks = -(-length // block)
   found = {DENSE: Candidate(lambda *_: None, 1.0)}
-  of_table = lambda table, q, k: masks.BlockSparse(table, block)
+  of_table = lambda table, q, k: masks.BlockSparse(table, (block, block))
   for share in shares:
     table = random_table(blocks, max(1, blocks // share))
     for kind in ("static", "traced"):
@@ -152,20 +152,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plot(path: pathlib.Path, title: str, rows: Sequence[Row]) -> None:
-  """The share of dense attention's time against the share of blocks kept: random tables as lines, patterns as points."""
-  looks = {"random, static": {"color": "C0", **report.STYLES[0]}, "random, traced": {"color": "C1", **report.STYLES[1]},
-           "pattern": {"color": "C2", "linestyle": "", "marker": "^"}, "in proportion": {"color": "0.6", "linestyle": ":"}}
+  """The share of dense attention's time against the share of blocks kept, for random tables."""
+  looks = {"static": {"color": "C0", **report.STYLES[0]}, "traced": {"color": "C1", **report.STYLES[1]}}
+  bound = {"color": "0.6", "linestyle": ":"}
   panels = []
   for direction in PASSES:
-    here = [row for row in rows if row.direction == direction and row.name != DENSE]
-    drawn = {f"random, {kind}": [row for row in here if row.name.startswith("random") and row.table == kind]
-             for kind in ("static", "traced")}
-    drawn["pattern"] = [row for row in here if not row.name.startswith("random")]
-    lines = [([(row.kept, row.share) for row in some], looks[name]) for name, some in drawn.items()]
-    ends = [f(row.kept for row in here) for f in (min, max)]
-    panels.append(report.Panel(direction, "share of blocks kept", "share of dense attention's time",
-                               [*lines, ([(x, x) for x in ends], looks["in proportion"])]))
-  report.plot(path, title, [panels], looks)
+    here = [row for row in rows if row.direction == direction and row.name.startswith("random")]
+    lines = [([(row.kept, row.share) for row in here if row.table == kind], look) for kind, look in looks.items()]
+    ends = [(row.kept, row.kept) for row in here]
+    panels.append(report.Panel(direction, "share of blocks kept", "share of dense attention's time", [*lines, (ends, bound)]))
+  legend = {f"random blocks, {kind} table": look for kind, look in looks.items()}
+  report.plot(path, title, [panels], legend | {"in proportion": bound})
 
 
 if __name__ == "__main__":

@@ -375,8 +375,8 @@ def test_attention_comes_closer_to_dense_as_more_blocks_are_taken():
   v = np.random.default_rng(1).normal(size=k.shape).astype("f")
   dense = _reference.attention(q, k, v)[0]
   attend = jax.jit(lambda mask: jflash.attention(q, k, v, mask=mask))
-  errors = [float(abs(attend(block_sparse.top_k_blocks(q, k, count, 32)) - dense).mean()) for count in (1, 2, 3, 6, 12)]
-  assert errors == sorted(errors, reverse=True) and errors[2] < errors[0] / 3 and errors[-1] < 1e-6
+  errors = [float(abs(attend(block_sparse.top_k_blocks(q, k, count, 32)) - dense).mean()) for count in (1, 3, 12)]
+  assert errors == sorted(errors, reverse=True) and errors[1] < errors[0] / 3 and errors[2] < 1e-6
 
 
 def test_no_gradient_flows_through_the_choice():
