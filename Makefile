@@ -42,7 +42,7 @@ lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(STAMP)  ## time attention, or BENCH=regression; ARGS='--lengths 1024,4096 --dtype float32' and the like
+bench: $(STAMP)  ## time attention, or BENCH=regression, BENCH=block_sparse; ARGS='--lengths 1024,4096 --dtype float32' and the like
 	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 clean:  ## remove virtual environments and everything built

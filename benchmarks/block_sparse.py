@@ -66,8 +66,8 @@ def random_table(blocks: int, kept: int) -> np.ndarray:
   return np.random.default_rng(0).random((blocks, blocks)).argsort(axis=1) < kept
 
 
-def candidates(length: int, block: int, shares: Sequence[int]) -> dict[str, Candidate]:
-  """Name -> what is measured; the first is dense attention."""
+def candidates(length: int, block: int, shares: Sequence[int], patterns: bool) -> dict[str, Candidate]:
+  """Name -> what is measured; the first is dense attention, then come random tables and, if wanted, the patterns."""
   blocks = -(-length // block)
   found = {DENSE: Candidate(lambda *_: None, 1.0)}
   of_table = lambda table, q, k: masks.BlockSparse(table, (block, block))
@@ -75,16 +75,18 @@ def candidates(length: int, block: int, shares: Sequence[int]) -> dict[str, Cand
     table = random_table(blocks, max(1, blocks // share))
     for kind in ("static", "traced"):
       found[f"random 1/{share} {kind}"] = Candidate(of_table, float(table.mean()), table, kind == "traced", kind)
-  stride = max(1, blocks // 8)
+  return found | (_patterns(length, block) if patterns else {})
+
+
+def _patterns(length: int, block: int) -> dict[str, Candidate]:
+  blocks = -(-length // block)
+  stride, k = max(1, blocks // 8), max(1, blocks // 16)
   presets = {"local_global(local=3)": block_sparse.local_global(length, length, block, local=3),
              "bigbird()": block_sparse.bigbird(length, length, block), "butterfly()": block_sparse.butterfly(length, length, block),
              f"strided(local=1, stride={stride})": block_sparse.strided(length, length, block, local=1, stride=stride)}
-  for name, mask in presets.items():
-    found[name] = Candidate(lambda *_, mask=mask: mask, float(mask.table.mean()))
-  k = max(1, blocks // 16)
+  found = {name: Candidate(lambda *_, mask=mask: mask, float(mask.table.mean())) for name, mask in presets.items()}
   choose = lambda _, query, key: block_sparse.top_k_blocks(query, key, k, block)
-  found[f"top_k_blocks(k={k})"] = Candidate(choose, k / blocks, kind="chosen")
-  return found
+  return found | {f"top_k_blocks(k={k})": Candidate(choose, k / blocks, kind="chosen")}
 
 
 def measure(found: dict[str, Candidate], args: argparse.Namespace, backward: bool) -> Iterator[Row]:
@@ -128,6 +130,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--width", type=int, default=64, help="of a head")
   parser.add_argument("--block", type=int, default=128, help="positions along a side of a block")
   parser.add_argument("--shares", type=options.integers, default=[16, 8, 4, 2, 1], help="n for random tables that keep 1/n")
+  parser.add_argument("--patterns", action=argparse.BooleanOptionalAction, default=True, help="those of jflash.block_sparse too")
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--implementation", help="of jflash")
   return parser.parse_args(argv)
@@ -137,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
   args = parse(argv)
   load = machine.load()
-  found = candidates(args.length, args.block, args.shares)
+  found = candidates(args.length, args.block, args.shares, args.patterns)
   rows = []
   for backward in (False, True):
     for row in measure(found, args, backward):
