@@ -188,16 +188,17 @@ def block_shape(shape: Any) -> tuple[int, int]:
   return int(shape[0]), int(shape[1])
 
 
-def max_blocks(table: Any, count: Any) -> None:
-  """That no row of a table has more True blocks, as far as the table has values."""
+def max_blocks(table: Any, count: Any) -> int | None:
+  """None, or an integer that no row of a table has more True blocks than, as far as the table has values."""
   if count is None:
-    return
+    return None
   integer(count, "masks.BlockSparse.max_blocks", 1)
   if isinstance(table, np.ndarray) or isinstance(table, jax.Array) and not isinstance(table, Tracer) and table.is_fully_addressable:
     most = int(np.asarray(table).sum(-1).max(initial=0))
     if most > count:
       raise ValueError(f"`masks.BlockSparse.max_blocks` is {count} and a row of `table` has {most} True blocks; pass at least "
                        f"{most}, or None for no bound.")
+  return int(count)
 
 
 def integer(x: Any, name: str, least: int) -> None:

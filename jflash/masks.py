@@ -231,7 +231,7 @@ class BlockSparse(Mask):
   def __post_init__(self):
     _check.boolean(self.table, "masks.BlockSparse.table")
     object.__setattr__(self, "block_shape", _check.block_shape(self.block_shape))
-    _check.max_blocks(self.table, self.max_blocks)
+    object.__setattr__(self, "max_blocks", _check.max_blocks(self.table, self.max_blocks))
 
   def keep(self, at):
     # table[q // rows, k // columns] as two products with one-hot matrices: a gather that every kernel can do, and exact.
