@@ -2,7 +2,7 @@
 
 A pattern is a `masks.BlockSparse` with a NumPy table: what it drops is known while tracing, is neither loaded nor computed, forward
 and backward, and it combines with `&`, `|`, `~` like any mask. Blocks are squares of `block` positions. Query block i and key
-block i hold the same positions, with as many queries as keys and without; the last block of either may be shorter.
+block i hold the same positions, also where T and S differ; the last block of either may be shorter.
 
 `jflash.show(mask, queries, keys, tiles=block)` draws a pattern and has its density as `1 - shown.skipped`; `jflash.explain` says
 what `attention` makes of it. Blocks below 64 positions are computed in tiles of 64, with the mask.
@@ -35,7 +35,7 @@ def local_global(queries: int, keys: int, block: int, *, local: int, global_bloc
     global_blocks: the first so many query blocks see all keys, and the first so many key blocks are seen by all queries.
 
   Returns:
-    The mask. Under `Causal() &` it is a sliding window with attention sinks.
+    The mask. Under `Causal() &` it is a sliding window that always sees the first blocks too.
 
   Raises:
     ValueError: an argument is not an integer, or too small.
@@ -102,10 +102,10 @@ def bigbird(queries: int, keys: int, block: int, *, local: int = 1, global_block
 
 
 def butterfly(queries: int, keys: int, block: int, *, max_stride: int | None = None, global_blocks: int = 0) -> BlockSparse:
-  """Flat block butterfly: blocks whose numbers differ in at most one bit, so about log₂ of all in each row.
+  """Flat block butterfly: blocks whose numbers differ in at most one bit.
 
-  Block (i, j) is kept where i = j, or i xor j is a power of two up to `max_stride`. In log₂ n layers of it, any of n = 2^m blocks
-  hears from any other. Where there are fewer blocks along one axis, the square pattern of that many is repeated along the other.
+  Block (i, j) is kept where i = j, or i xor j is a power of two up to `max_stride`. In log₂ n layers, rounded up, each of n blocks
+  hears from all. Where there are fewer blocks along one axis, the square pattern of that many is repeated along the other.
 
   Args:
     queries, keys: T and S.
@@ -213,8 +213,8 @@ def top_k_blocks(query: Any, key: Any, k: int, block: int, *, mask: Any = None, 
       are not chosen. It is part of the mask that is returned, as are the following.
     is_causal: likewise for `masks.Causal()`; a block of queries also always takes its own block of keys, as one of the k.
     query_seq_lengths, key_value_seq_lengths: integers `[B]`; what lies beyond, whatever it holds, is in no mean and not seen.
-    per_query_head: False: query heads that share a key head choose together, by the sum of their scores, and so load no more than
-      k blocks. True: each for itself; up to N/K times as many blocks are visited, since visits are shared.
+    per_query_head: False: query heads that share a key head choose together, by the sum of their scores, of what any of them may
+      see, and so load no more than k blocks. True: each for itself; as visits are shared, up to N/K times as many are made.
 
   Returns:
     The mask; for rows and columns that are numbered from 0, so not beside `query_positions` or `key_value_positions`.

@@ -74,7 +74,7 @@ def visits(kinds: Any, most: int | None = None) -> Visits:
   starts = xp.concatenate([xp.zeros((*lead, 1), np.int32), xp.cumsum(counts, axis=-1, dtype=np.int32)], axis=-1)
   total = starts[..., -1:]
 
-  length = int(total.max()) if static else min(rows * columns, rows * columns if most is None else most)
+  length = int(total.max()) if static else rows * columns if most is None else min(rows * columns, most)
   flat = lambda x: x.reshape(*lead, rows * columns)
   order = xp.argsort(~flat(listed), axis=-1, stable=True)
   number = xp.minimum(np.arange(length, dtype=np.int32), total - 1)
