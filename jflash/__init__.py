@@ -1,5 +1,6 @@
 """jflash: exact, IO-aware attention for JAX on TPU, GPU and CPU."""
 
+from . import block_sparse as block_sparse
 from . import masks as masks
 from ._api import attention as attention
 from ._explain import Explanation as Explanation

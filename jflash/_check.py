@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
@@ -279,6 +280,25 @@ def block_shape(shape: Any) -> tuple[int, int]:
   if len(shape) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in shape):
     raise ValueError(f"`masks.BlockSparse.block_shape` is {shape}; pass two integers >= 1, (rows, columns).")
   return int(shape[0]), int(shape[1])
+
+
+def max_blocks(table: Any, count: Any) -> int | None:
+  """None, or an integer that no row of a table has more True blocks than, as far as the table has values."""
+  if count is None:
+    return None
+  integer(count, "masks.BlockSparse.max_blocks", 1)
+  if isinstance(table, np.ndarray) or isinstance(table, jax.Array) and not isinstance(table, Tracer) and table.is_fully_addressable:
+    most = int(np.asarray(table).sum(-1).max(initial=0))
+    if most > count:
+      raise ValueError(f"`masks.BlockSparse.max_blocks` is {count} and a row of `table` has {most} True blocks; pass at least "
+                       f"{most}, or None for no bound.")
+  return int(count)
+
+
+def integer(x: Any, name: str, least: int) -> None:
+  """A Python integer that is not below `least`."""
+  if not isinstance(x, (int, np.integer)) or isinstance(x, bool) or x < least:
+    raise ValueError(f"`{name}` is {x!r}; pass an integer >= {least}.")
 
 
 def same_lengths(sizes: Any, name: str, missing: str) -> None:

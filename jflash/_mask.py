@@ -71,6 +71,13 @@ class Mask:
     del at
     return np.array(True), np.array(False)
 
+  def most(self, tiles: tuple[int, int]) -> int | None:
+    """How many tiles of a row of tiles can keep something, for all query heads of a kv head together; None is no bound.
+
+    It holds where the positions are the row and column numbers.
+    """
+    del tiles
+
   def bind(self, sizes: Sizes) -> Mask:
     """This mask with its arrays checked against `sizes` and laid out as `[B|1, N|1, T|1, S|1, …]`."""
     del sizes
@@ -135,6 +142,9 @@ class And(Mask):
     (some_a, all_a), (some_b, all_b) = self.a.tile(at), self.b.tile(at)
     return some_a & some_b, all_a & all_b
 
+  def most(self, tiles):
+    return min((n for n in (self.a.most(tiles), self.b.most(tiles)) if n is not None), default=None)
+
   def bind(self, sizes):
     return And(self.a.bind(sizes), self.b.bind(sizes))
 
@@ -155,6 +165,10 @@ class Or(Mask):
   def tile(self, at):
     (some_a, all_a), (some_b, all_b) = self.a.tile(at), self.b.tile(at)
     return some_a | some_b, all_a | all_b
+
+  def most(self, tiles):
+    a, b = self.a.most(tiles), self.b.most(tiles)
+    return None if a is None or b is None else a + b
 
   def bind(self, sizes):
     return Or(self.a.bind(sizes), self.b.bind(sizes))

@@ -158,7 +158,21 @@ def _schedule(problem: Problem, plan: Plan) -> Schedule:
             for size, tile, count in zip((problem.queries, problem.keys), plan.tiles, some.shape[2:])]
   every = every & (inside[0][:, None] & inside[1][None, :])
   kinds = schedule.kinds(some, every)
-  return Schedule(schedule.visits(kinds), schedule.visits(kinds.swapaxes(-1, -2)), kinds)
+  rows, columns = kinds.shape[2:]
+  most = _most_in_a_row(problem, plan, columns)
+  if not isinstance(kinds, np.ndarray) and most < columns:
+    kinds = schedule.first(kinds, most)
+  # Columns: the same visits, and one for each column that has none.
+  return Schedule(schedule.visits(kinds, rows * most), schedule.visits(kinds.swapaxes(-1, -2), rows * most + columns), kinds)
+
+
+def _most_in_a_row(problem: Problem, plan: Plan, columns: int) -> int:
+  """How many of the `columns` tiles in a row are visited at most, as far as that is known of a traced mask."""
+  logits = problem.logits
+  if logits.mask is None or logits.query_positions is not None or logits.key_positions is not None:
+    return columns
+  most = logits.mask.most(plan.tiles)
+  return columns if most is None else min(most, columns)
 
 
 def tile_table(problem: Problem, plan: Plan) -> tuple[Any, Any]:

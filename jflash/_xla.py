@@ -102,7 +102,9 @@ def cotangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: A
     s, pull = jax.vjp(moving, walk.product.scores(walk.algebra, q, k), [x for w, x in zip(wanted, tiles.leaves) if w])
     p = softmax.probabilities(s, lse)
     ds = softmax.dscores(p, walk.drop(tiles.leaves, walk.algebra.nt(dout, v)), delta)
-    dqk, dleaves = pull(jnp.where(s == -jnp.inf, 0, ds) if masked else ds)
+    if masked:  # a row that sees a NaN has an lse of NaN, which is not for keys that it does not see
+      p, ds = (jnp.where(s == -jnp.inf, 0, x) for x in (p, ds))
+    dqk, dleaves = pull(ds)
     return Parts([walk.product.dq(walk.algebra, dqk, q, k, masked)],
                  [walk.product.dk(walk.algebra, dqk, q, k, masked),
                   walk.algebra.tn(walk.drop(tiles.leaves, p).astype(q.dtype), dout)], dleaves)

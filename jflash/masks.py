@@ -6,6 +6,7 @@ JAX arrays may be traced. `_mask` says what `keep`, `tile` and `bind` are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -218,14 +219,23 @@ class BlockSparse(Mask):
   Args:
     table: boolean, `[query blocks, key blocks]`, with leading axes `[B or 1, N or 1]` where batches or heads differ.
     block_shape: (rows, columns) of a block, integers >= 1. Positions outside the table see nothing.
+    max_blocks: a promise that no row of the table has more True blocks, where query heads that share a key head count together;
+      None promises nothing. It shortens the lists of visits of a traced table. A table that has values is checked, head by
+      head. Where a traced one breaks the promise, each row of tiles is cut off after as many tiles as it allows, forward and
+      backward alike, and keys beyond are not seen.
+
+  Raises:
+    ValueError: the table is not boolean, has more True blocks in a row than `max_blocks`, or does not fit T and S.
   """
 
   table: Any
   block_shape: tuple[int, int]
+  max_blocks: int | None = None
 
   def __post_init__(self):
     _check.boolean(self.table, "masks.BlockSparse.table")
     object.__setattr__(self, "block_shape", _check.block_shape(self.block_shape))
+    object.__setattr__(self, "max_blocks", _check.max_blocks(self.table, self.max_blocks))
 
   def keep(self, at):
     # table[q // rows, k // columns] as two products with one-hot matrices: a gather that every kernel can do, and exact.
@@ -253,8 +263,13 @@ class BlockSparse(Mask):
     count = corner(q1, k1) - corner(q0, k1) - corner(q1, k0) + corner(q0, k0)
     return count > 0, count == (stop[0] - first[0]) * (stop[1] - first[1])
 
+  def most(self, tiles):
+    if self.max_blocks is None:
+      return None
+    return self.max_blocks * _crossed(tiles[0], self.block_shape[0]) * _crossed(self.block_shape[1], tiles[1])
+
   def bind(self, sizes):
-    return BlockSparse(_check.block_table(self.table, self.block_shape, sizes), self.block_shape)
+    return BlockSparse(_check.block_table(self.table, self.block_shape, sizes), self.block_shape, self.max_blocks)
 
 
 @pytree
@@ -308,6 +323,11 @@ class BoundCustom(Mask):
 
   def __repr__(self):
     return f"Custom(fn={brief(self.program.fn)})"
+
+
+def _crossed(size: int, other: int) -> int:
+  """How many pieces of length `other` a piece of length `size` can reach into, where both lie end to end from 0."""
+  return (size + other - math.gcd(size, other) - 1) // other + 1
 
 
 def _look_up(array: Any, sizes: Sizes) -> Any:

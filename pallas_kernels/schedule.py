@@ -6,7 +6,8 @@ state on chip; every row has at least one visit, if only an EMPTY one, so that e
 table gives the lists for the pass that walks column by column.
 
 A NumPy table is known while tracing, and its lists are as long as the longest of them. For a traced table they are as long
-as they could be, and what is left over repeats the last tile as EMPTY: nothing new is loaded, nothing is computed.
+as they could be, as far as the caller knows, and what is left over repeats the last tile as EMPTY: nothing new is loaded,
+nothing is computed.
 """
 
 from __future__ import annotations
@@ -49,8 +50,17 @@ def kinds(some: Any, every: Any) -> Any:
   return xp.where(some, xp.where(every, FULL, PARTIAL), EMPTY).astype(np.int32)
 
 
-def visits(kinds: Any) -> Visits:
-  """Lists that walk a table of kinds `[B|1, K|1, rows, columns]` row by row; transpose it first for column by column."""
+def first(kinds: Any, count: int) -> Any:
+  """The first `count` tiles of each row that are not EMPTY, and EMPTY in place of the others: `[B|1, K|1, rows, columns]`."""
+  return jnp.where(jnp.cumsum(kinds != EMPTY, axis=-1) <= count, kinds, EMPTY)
+
+
+def visits(kinds: Any, most: int | None = None) -> Visits:
+  """Lists that walk a table of kinds `[B|1, K|1, rows, columns]` row by row; transpose it first for column by column.
+
+  Args:
+    most: how many visits there can be in a list, empty rows included; it makes the lists of a traced table shorter.
+  """
   static = isinstance(kinds, np.ndarray)
   xp: Any = np if static else jnp
   *lead, rows, columns = kinds.shape
@@ -64,7 +74,7 @@ def visits(kinds: Any) -> Visits:
   starts = xp.concatenate([xp.zeros((*lead, 1), np.int32), xp.cumsum(counts, axis=-1, dtype=np.int32)], axis=-1)
   total = starts[..., -1:]
 
-  length = int(total.max()) if static else rows * columns
+  length = int(total.max()) if static else rows * columns if most is None else min(rows * columns, most)
   flat = lambda x: x.reshape(*lead, rows * columns)
   order = xp.argsort(~flat(listed), axis=-1, stable=True)
   number = xp.minimum(np.arange(length, dtype=np.int32), total - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jflash import block_sparse as presets
 from jflash import masks
 from tests.cases import XLA, case, columns, per_batch, rows
 
@@ -132,6 +133,66 @@ def block_sparse_by_positions(rng, z):
   inside = ((q >= 0) & (q < 100))[:, None, :, None] & ((k >= 0) & (k < 180))[:, None, None, :]
   keep = table[np.clip(q // 25, 0, 3)[:, None, :, None], np.clip(k // 30, 0, 5)[:, None, None, :]] & inside
   return {"mask": masks.BlockSparse(table, (25, 30)), "query_positions": q, "key_value_positions": k}, keep
+
+
+def _numbers(z, block):
+  """Block numbers of rows and of columns."""
+  return rows(z) // block, columns(z) // block
+
+
+@case()
+def local_global_preset(rng, z):
+  i, j = _numbers(z, 32)
+  return {"mask": presets.local_global(z.T, z.S, 32, local=1, global_blocks=1)}, (abs(i - j) < 2) | (i == 0) | (j == 0)
+
+
+@case(T=261, S=139)
+def butterfly_preset(rng, z):
+  i, j = (x % 5 for x in _numbers(z, 32))  # 9 x 5 blocks
+  return {"mask": presets.butterfly(z.T, z.S, 32)}, np.isin(i ^ j, (0, 1, 2, 4))
+
+
+@case()
+def bigbird_preset(rng, z):
+  mask = presets.bigbird(z.T, z.S, 32, local=0, random_blocks=2, seed=3)
+  return {"mask": masks.Causal() & mask}, _blocks(mask.table, z, 32, 32) & (rows(z) >= columns(z))
+
+
+@case()
+def strided_preset(rng, z):
+  i, j = _numbers(z, 24)
+  return {"mask": presets.strided(z.T, z.S, 24, local=0, stride=4)}, (i - j) % 4 == 0
+
+
+def best_blocks(q, k, count, block, seen, lengths, own_first, per_query_head):
+  """The table of `top_k_blocks`, row by row: `seen [B, T, S]`, `lengths` of queries and keys `[B]`, own_first: as if causal."""
+  groups = q.shape[2] // k.shape[2]
+  scores = np.einsum("binh,bjnh->bnij", _means(q, block, lengths[0]), np.repeat(_means(k, block, lengths[1]), groups, 2))
+  if not per_query_head:
+    scores = scores.reshape(len(q), -1, groups, *scores.shape[2:]).sum(2).repeat(groups, 1)
+  table = np.zeros(scores.shape, bool)
+  for b, n, i in np.ndindex(*scores.shape[:3]):
+    seen_here = seen[b, i * block:(i + 1) * block]
+    visible = [j for j in range(scores.shape[3]) if seen_here[:, j * block:(j + 1) * block].any()]
+    best_first = sorted((not (own_first and i == j), -scores[b, n, i, j], j) for j in visible)
+    table[b, n, i, [j for *_, j in best_first[:count]]] = True
+  return table
+
+
+def _means(x, block, lengths):
+  """Of each block of `[B, T, N, H]`, as far as it is below the length, `[B, blocks, N, H]`; 0 where nothing is."""
+  cut = lambda x, length: [x[n:min(n + block, length)] for n in range(0, len(x), block)]
+  return np.array([[part.mean(0) if len(part) else np.zeros(x.shape[2:]) for part in cut(y, length)]
+                   for y, length in zip(x.astype(float), lengths)])
+
+
+@case(T=197, S=197)
+def top_k_preset(rng, z):
+  q, k = (rng.normal(size=(z.B, size, heads, 8)).astype("f") for size, heads in ((z.T, z.N), (z.S, z.K)))
+  causal = np.broadcast_to(rows(z) >= columns(z), (z.B, z.T, z.S))
+  table = best_blocks(q, k, 3, 24, causal, [np.full(z.B, z.T)] * 2, True, True)
+  mask = presets.top_k_blocks(q, k, 3, 24, is_causal=True, per_query_head=True)
+  return {"mask": mask}, _blocks(table, z, 24, 24) & causal[:, None]
 
 
 def _rule(batch, head, q, k):

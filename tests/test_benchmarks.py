@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, estimators, regression, report
+import jflash
+from benchmarks import attention, block_sparse, estimators, regression, report
 from benchmarks.timing import Times, interleave
 
 TINY = ["--heads", "4", "--kv-heads", "2", "--width", "8", "--repeats", "3", "--seconds", "0.01"]
@@ -210,3 +211,28 @@ def test_the_regression_page_has_a_table_for_each_part_and_a_plot(tmp_path):
   assert page.count("\n## ") == 2 and "| normal | 200 | float32 | 0 |" in page and "scikit-learn 1" in page
   assert "`python -m benchmarks.regression --repeats 3" in page
   assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_block_sparse_page_has_every_candidate_in_both_passes(tmp_path):
+  pytest.importorskip("matplotlib")
+  out = tmp_path / "sparse"
+  argv = [*BRIEF, "--length", "64", "--block", "8", "--heads", "2", "--kv-heads", "1", "--width", "4", "--shares", "4",
+          "--no-patterns", "--out", str(out)]
+  assert block_sparse.main(argv) == 0
+  page = out.with_suffix(".md").read_text()
+  rows = _table(page)
+  want = {("dense", "", "1.0000"), ("random 1/4", "static", "0.2500"), ("random 1/4", "traced", "0.2500")}
+  for direction in block_sparse.PASSES:
+    assert {(row["pattern"], row["table"], row["kept"]) for row in rows if row["pass"] == direction} == want
+  assert len(rows) == 6 and all(float(row["ms"]) > 0 and float(row["of dense"]) > 0 for row in rows)
+  assert "B 1, T 64, N 2, K 1, H 4, float32, blocks of 8" in page and "`python -m benchmarks.block_sparse --repeats 3" in page
+  assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_block_sparse_candidates_keep_what_they_say():
+  q = jnp.ones((1, 64, 1, 4))
+  found = block_sparse.candidates(64, 8, [4, 1], patterns=True)
+  assert len(found) == 1 + 2 * 2 + 5
+  for name, candidate in found.items():
+    mask = candidate.mask(candidate.table, q, q)
+    assert (mask is None and candidate.kept == 1) or 1 - jflash.show(mask, 64, 64, tiles=8).skipped == candidate.kept, name

@@ -94,6 +94,28 @@ def test_what_is_left_over_repeats_the_last_tile_as_empty(table):
       assert (codes[at][end:] >> 2 == codes[at][end - 1] >> 2).all()
 
 
+_cut = jax.jit(lambda kinds, count, most: (schedule.first(kinds, count), schedule.visits(kinds, most)), static_argnums=(1, 2))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_row_cut_short_keeps_its_first_tiles_and_fits_its_list(density, count):
+  rng = np.random.default_rng(0)
+  some = rng.random((2, 3, 5, 6)) < density
+  kinds = schedule.kinds(some, some & (rng.random(some.shape) < 0.5))
+  cut = np.asarray(_cut(kinds, count, None)[0])
+  for at in np.ndindex(2, 3, 5):
+    kept = np.flatnonzero(kinds[at])[:count]
+    np.testing.assert_array_equal(np.flatnonzero(cut[at]), kept)
+    np.testing.assert_array_equal(cut[at][kept], kinds[at][kept])
+  for x, most in ((cut, 5 * count), (cut.swapaxes(-1, -2), 5 * count + 6)):
+    want, short = schedule.visits(np.ascontiguousarray(x)), _cut(x, count, most)[1]
+    length = want.codes.shape[-1]
+    assert length <= short.codes.shape[-1] == min(most, 30)
+    np.testing.assert_array_equal(short.starts, want.starts)
+    np.testing.assert_array_equal(short.codes[..., :length], want.codes)
+
+
 def test_codes_hold_the_largest_tile_numbers():
   some = np.zeros((1, 1, 2, schedule.MAX_TILES), bool)
   some[..., -1] = True

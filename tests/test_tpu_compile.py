@@ -211,3 +211,14 @@ def test_without_a_tpu_the_reason_is_given():
     jflash.attention(q, q, q, implementation="tpu")
 
 
+
+
+@pytest.mark.slow
+def test_a_bound_on_blocks_makes_the_lists_of_many_heads_fit():
+  """32 heads of 128 x 128 traced tiles take 2 MiB of a scalar memory of 1 MiB, and with at most 8 in a row an eighth of one."""
+  q = jax.ShapeDtypeStruct((1, 16384, 32, 64), BF16)
+  table = jax.ShapeDtypeStruct((1, 32, 128, 128), BOOL)
+  of = lambda most: lambda q, table: attend(q, q, q, mask=masks.BlockSparse(table, (128, 128), most))
+  compile_for("v5e", of(8), q, table)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="(?i)smem"):
+    compile_for("v5e", of(None), q, table)
