@@ -42,11 +42,7 @@ lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-<<<<<<< HEAD
-bench: $(STAMP)  ## time attention, or BENCH=regression, io_ledger, memory; ARGS='--lengths 1024,4096' and the like
-=======
-bench: $(STAMP)  ## time attention, or BENCH=regression, BENCH=block_sparse; ARGS='--lengths 1024,4096 --dtype float32' and the like
->>>>>>> sparse
+bench: $(STAMP)  ## time attention, or BENCH=regression, block_sparse, io_ledger, memory; ARGS='--lengths 1024,4096' and the like
 	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 clean:  ## remove virtual environments and everything built

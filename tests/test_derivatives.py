@@ -35,7 +35,7 @@ IDS = np.array([0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3]), np.array([0, 0, 1, 1, 1, 1, 1
 FEATURES = {
     "plain": ({}, {}, True, 1.0),
     "causal": ({}, {"is_causal": True}, ROWS >= COLUMNS, 1.0),
-    "lengths": ({}, {"key_value_seq_lengths": LENGTHS}, COLUMNS < LENGTHS[:, None, None, None], 1.0),
+    "lengths": ({}, {"key_value_seq_lengths": LENGTHS}, LENGTHS[:, None, None, None] > COLUMNS, 1.0),
     "segments": ({}, {"query_segment_ids": IDS[0], "key_value_segment_ids": IDS[1]}, IDS[0][:, None] == IDS[1], 1.0),
     "block_sparse": ({}, {"mask": masks.BlockSparse(BLOCKS, (4, 4))}, np.kron(BLOCKS, np.ones((4, 4), bool))[:T, :S], 1.0),
     "custom": ({}, {"mask": masks.Custom(near, REACH)}, abs(ROWS - COLUMNS) < REACH[:, None, None], 1.0),
@@ -44,7 +44,7 @@ FEATURES = {
     "scale_and_cap": ({"scale": (), "logits_soft_cap": ()}, {}, True, 1.0),
     "alibi": ({"alibi_slopes": (B, N)}, {}, True, 1.0),
     "score_mod": ({"score_operands": [(N, 7), ()]}, {"score_mod": table_mod}, True, 1.0),
-    "sinks": ({"sinks": (N,)}, {"key_value_seq_lengths": LENGTHS}, COLUMNS < LENGTHS[:, None, None, None], 1.0),
+    "sinks": ({"sinks": (N,)}, {"key_value_seq_lengths": LENGTHS}, LENGTHS[:, None, None, None] > COLUMNS, 1.0),
     "dropout": ({}, {"dropout_rate": 0.3, "dropout_key": KEY}, True, dropout_reference.factors(0.3, KEY, Sizes(B, T, S, N, K, H, E))),
     "everything": ({"bias": (1, N, T, S), "scale": (), "logits_soft_cap": (), "sinks": (N,), "score_operands": [(N, 7), ()]},
                    {"is_causal": True, "score_mod": table_mod, "dropout_rate": 0.3, "dropout_key": KEY}, ROWS >= COLUMNS,
@@ -207,11 +207,8 @@ def test_memory_of_a_second_derivative_is_linear(mode):
     x = jax.ShapeDtypeStruct((1, length, 2, 32), jnp.float32)
     f = lambda q, k, v: jnp.sin(jflash.attention(q, k, v, is_causal=True, implementation="xla")).sum()
     slope = lambda q, k, v: sum(jnp.sum(g) for g in jax.grad(f, (0, 1, 2))(q, k, v))
-    if mode == "rev":
-      g = jax.grad(slope, (0, 1, 2))
-    else:
-      g = lambda *qkv: jax.jvp(jax.grad(f, (0, 1, 2)), qkv, qkv)[1]
-    return jax.jit(g).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+    second = {"rev": jax.grad(slope, (0, 1, 2)), "fwd": lambda *qkv: jax.jvp(jax.grad(f, (0, 1, 2)), qkv, qkv)[1]}
+    return jax.jit(second[mode]).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 
   half, whole = bytes_at(4096), bytes_at(8192)
   assert whole <= 2.05 * half and whole < 8192 * 8192  # a quarter of one head's scores
