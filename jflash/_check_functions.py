@@ -17,7 +17,7 @@ def mask_function(fn: Any, operands: Any) -> None:
   result, full = _try(fn, operands, name, None)
   if result.dtype != np.bool_:
     _check.boolean(result, f"the value of {name}")
-  if np.broadcast_shapes(result.shape, full) != full:
+  if len(result.shape) > 4 or any(size not in (1, whole) for size, whole in zip(result.shape[::-1], full[::-1])):
     raise ValueError(_shape_message(name, result.shape, full, operands))
 
 
@@ -56,7 +56,7 @@ def _try(fn: Any, operands: Any, name: str, score_dtype: Any) -> tuple[Any, tupl
     result = jax.eval_shape(fn, *score, *map(along, range(4)), *structs)
   except (TypeError, ValueError, IndexError) as error:
     raise type(error)(f"{name} fails on a tile of scores {full} with positions {tuple(s.shape for s in map(along, range(4)))}"
-                      f"{_with(operands)}: {str(error).strip().splitlines()[0]}{_INDEX}") from error
+                      f"{_with(operands)}: {str(error).strip().splitlines()[0].rstrip('.')}.{_INDEX}") from error
   if not hasattr(result, "dtype"):
     raise TypeError(f"{name} returns {type(result).__name__}; it must return one array.")
   return result, full

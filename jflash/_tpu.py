@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,9 +21,32 @@ def supports(problem: Problem) -> str | None:
   """None, or why the kernels cannot compute this problem."""
   if problem.q.dtype == jnp.float64:
     return "a TPU has no float64; use implementation='xla'"
+  if reason := _too_long(problem):
+    return reason
   programs = [part.program for part in parts(problem.logits.mask) if isinstance(part, masks.BoundCustom)]
   programs += [] if problem.logits.score_mod is None else [problem.logits.score_mod]
   return next((program.reason for program in programs if program.reason), None)
+
+
+MOST_VISITS = 240_000  # of one list: they are 4 bytes each, and a chip has 1 MiB of scalar memory
+
+
+def _too_long(problem: Problem) -> str | None:
+  """Whether the lists of visits outgrow the chip's scalar memory."""
+  plan = _plan.plan_tpu(problem)
+  tiles = math.prod(-(-n // side) for n, side in zip((problem.queries, problem.keys), plan.tiles))
+  if problem.batch * problem.kv_heads * tiles <= MOST_VISITS:
+    return None
+  visits = jax.eval_shape(lambda: _plan.make_schedule(problem, plan))
+  lists = {"visits": max(visits.rows.codes.size, visits.columns.codes.size)}
+  if any(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(problem.logits)):
+    lists["tiles, for the gradients of bias and the like,"] = visits.kinds.size
+  for what, size in lists.items():
+    if size > MOST_VISITS:
+      return (f"a list of {size} {what} does not fit into a chip's scalar memory, which holds {MOST_VISITS} (tiles "
+              f"are {plan.tiles[0]} x {plan.tiles[1]}); use implementation='xla', a mask that skips more and is known while tracing, or "
+              "fewer batch elements")
+  return None
 
 
 def _call(problem: Problem, plan: _plan.Plan) -> tpu.Call:

@@ -26,6 +26,15 @@ def ints(*shape):
   return np.zeros(shape, np.int32)
 
 
+def add_whole(score, batch, head, query, key, operand):
+  return score + operand
+
+
+def add_slopes(score, batch, head, query, key, slopes):
+  return score + slopes[head]
+
+
+KEY = jax.random.key(0)
 BTNH = r"\[B, T, N, H\]"
 ERRORS = {
     # query, key, value
@@ -49,6 +58,39 @@ ERRORS = {
               "`key` has 6 heads and `query` has 8; query heads must be a multiple of key heads"),
     "heads before the sequence": (qkv(f(2, 8, 6, 4), f(2, 8, 10, 4), f(2, 8, 10, 4)), ValueError,
                                   rf"`key` has 10 heads and `query` has 6.*{BTNH}: heads come after the sequence"),
+    # functions of scores
+    "a score_mod that is none": (qkv(score_mod=3), TypeError, "`score_mod` is 3; pass a function of"),
+    "operands without a function": (qkv(score_operands=(f(8),)), ValueError, "`score_operands` has 1 arrays and `score_mod` is None"),
+    "operands not in a tuple": (qkv(score_mod=add_slopes, score_operands=f(8)), TypeError,
+                                r"`score_operands` is ndarray; pass a tuple of arrays, \(array,\)"),
+    "an operand that does not broadcast": (qkv(score_mod=add_whole, score_operands=(f(8),)), ValueError,
+                                           r"`score_mod` add_whole fails on a tile of scores .* and operands of shape \(8,\): "
+                                           r".*Operands come whole.*slopes\[head\]"),
+    "an operand too many": (qkv(score_mod=add_slopes, score_operands=(f(8), f(8))), TypeError,
+                            r"`score_mod` add_slopes fails.*operands of shape \(8,\), \(8,\): .*positional argument"),
+    "another shape": (qkv(score_mod=lambda s, b, h, q, k: s.sum(-1)), ValueError, "returns shape .* it must return one value for each"),
+    "a shape that broadcasts": (qkv(score_mod=lambda s, b, h, q, k: h * 1.0), ValueError, "returns shape .* it must return one value"),
+    "another dtype": (qkv(score_mod=lambda s, b, h, q, k: s.astype("bfloat16")), ValueError,
+                      r"`score_mod` <lambda> returns bfloat16 and scores are float32; .*astype\(score.dtype\)"),
+    "integers for scores": (qkv(score_mod=lambda s, b, h, q, k: s.astype("int32")), ValueError, "returns int32 and scores are float32"),
+    "no array": (qkv(score_mod=lambda s, b, h, q, k: None), TypeError, "`score_mod` <lambda> returns NoneType; it must return one array"),
+    "a custom mask of numbers": (qkv(mask=masks.Custom(lambda b, h, q, k: q - k)), ValueError,
+                                 r"the value of masks.Custom\(<lambda>\)` has dtype int32; it must be bool"),
+    "a custom mask of another shape": (qkv(mask=masks.Custom(lambda b, h, q, k, x: x > 0, f(8))), ValueError,
+                                       r"masks.Custom\(<lambda>\) returns shape \(8,\) for a tile of scores.*index them"),
+    # sinks, dropout, ids
+    "sinks per batch": (qkv(sinks=f(2, 8)), ValueError, r"`sinks` has shape \(2, 8\) and `query` has 8 heads; .* \(8,\)"),
+    "sinks of integers": (qkv(sinks=ints(8)), ValueError, "`sinks` has dtype int32; cast it to float32"),
+    "a rate of one": (qkv(dropout_rate=1.0, dropout_key=KEY), ValueError, "`dropout_rate` is 1.0; it must be at least 0 and less than 1"),
+    "a negative rate": (qkv(dropout_rate=-0.1, dropout_key=KEY), ValueError, "`dropout_rate` is -0.1; it must be at least 0"),
+    "no rate": (qkv(dropout_rate=float("nan"), dropout_key=KEY), ValueError, "`dropout_rate` is nan; it must be at least 0"),
+    "a rate in an array": (qkv(dropout_rate=jnp.float32(0.1), dropout_key=KEY), TypeError, "`dropout_rate` is .*pass a Python number"),
+    "a rate without a key": (qkv(dropout_rate=0.1), ValueError, "`dropout_rate` is 0.1 and `dropout_key` is None; pass a key"),
+    "a seed for a key": (qkv(dropout_rate=0.1, dropout_key=7), ValueError, r"`dropout_key` is 7; pass one key, jax.random.key\(seed\)"),
+    "keys": (qkv(dropout_rate=0.1, dropout_key=jax.random.split(KEY)), ValueError, r"`dropout_key` is key<fry>\[2\]; pass one key"),
+    "batch ids": (qkv(batch_ids=ints(3)), ValueError, r"`batch_ids` has shape \(3,\) and `query` has 2 batch elements; .* \(2,\)"),
+    "head ids": (qkv(head_ids=ints(2)), ValueError, r"`head_ids` has shape \(2,\) and `query` has 8 heads; .* \(8,\)"),
+    "float ids": (qkv(head_ids=f(8)), ValueError, "`head_ids` has dtype float32; cast it to int32"),
     # numbers
     "scale text": (qkv(scale="1.0"), TypeError, "`scale` is '1.0'; pass a number or a scalar array"),
     "scale list": (qkv(scale=[1.0]), TypeError, r"`scale` is \[1.0\]; pass a number"),
