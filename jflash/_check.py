@@ -111,6 +111,9 @@ def sinks(x: Any, heads: int) -> Any:
 
 _OF_A_BATCH = ("query_seq_lengths", "key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids", "batch_ids")
 
+_OF_A_PACKING = ("scale", "is_causal", "local_window_size", "logits_soft_cap", "alibi_slopes", "score_mod", "score_operands",
+                 "dropout_rate", "dropout_key", "head_ids")
+
 
 def varlen(query: Any, key: Any, value: Any, options: dict[str, Any]) -> None:
   """The arrays of `attention_varlen` have no batch axis, and there are no options that speak of one."""
@@ -122,6 +125,9 @@ def varlen(query: Any, key: Any, value: Any, options: dict[str, Any]) -> None:
     if name in _OF_A_BATCH:
       raise TypeError(f"`{name}` is an argument of attention, not of attention_varlen; `cu_seqlens_q` and `cu_seqlens_k` say where "
                       "sequences begin and end.")
+    if name not in _OF_A_PACKING:
+      raise TypeError(f"attention_varlen has no argument `{name}`; besides those in its signature it takes "
+                      f"{', '.join(_OF_A_PACKING)}.")
 
 
 def cumulative(x: Any, total: int, name: str) -> Any:

@@ -55,13 +55,17 @@ def _try(fn: Any, operands: Any, name: str, score_dtype: Any) -> tuple[Any, tupl
   try:
     result = jax.eval_shape(fn, *score, *map(along, range(4)), *structs)
   except (TypeError, ValueError, IndexError) as error:
-    raise type(error)(f"{name} fails on a tile of scores {full} with positions {tuple(s.shape for s in map(along, range(4)))}"
-                      f"{_with(operands)}: {str(error).strip().splitlines()[0].rstrip('.')}.{_INDEX}") from error
+    kind = TypeError if isinstance(error, TypeError) else ValueError
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    hint = _TRACED if "truth value" in reason.lower() or "boolean conversion" in reason.lower() else _INDEX if operands else ""
+    raise kind(f"{name} fails on a tile of scores {full} with positions {tuple(s.shape for s in map(along, range(4)))}"
+               f"{_with(operands)}: {reason}.{hint}") from error
   if not hasattr(result, "dtype"):
     raise TypeError(f"{name} returns {type(result).__name__}; it must return one array.")
   return result, full
 
 
+_TRACED = " Scores and positions are traced arrays: write `if` as jnp.where, and `and`, `or`, `not` as `&`, `|`, `~`."
 _INDEX = " Operands come whole, in their own shape: index them, as in slopes[head] or table[head, bucket(query - key)]."
 
 

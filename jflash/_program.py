@@ -156,7 +156,8 @@ class Program:
 
     Args:
       at: where the tile lies.
-      keep: what of a masked tile is kept. What is looked up for nothing that is kept counts as 0, lest it be not finite.
+      keep: what of a masked tile is kept. What is looked up for nothing that is kept counts as 1, lest it be not finite, or
+        become so in a logarithm or a quotient.
       score: of the tile, for a function that wants it.
     """
     rank = max(np.ndim(at.q), np.ndim(at.k), 2)
@@ -181,7 +182,7 @@ class Program:
         if _fills(node):
           value = jnp.where(conjunction([(x >= 0) & (x < size) for x, size in inner], None), value, jnp.nan)
       if keep is not None and jnp.issubdtype(node.aval.dtype, jnp.floating):
-        value = jnp.where(_kept_by_any(keep, value.shape), value, 0)
+        value = jnp.where(_kept_by_any(keep, value.shape), value, 1)
       known[node] = jnp.broadcast_to(_as(value, node), node.aval.shape)
     return evaluate(trace.result, known)
 

@@ -322,7 +322,8 @@ class BoundCustom(Mask):
     return super().tile(at) if self.rule is None else self.rule(at.q, at.k)
 
   def __repr__(self):
-    return f"Custom(fn={brief(self.program.fn)})"
+    operands = [f"{dtype}[{','.join(map(str, shape))}]" for shape, dtype in self.program.shapes]
+    return f"Custom({', '.join([f'fn={brief(self.program.fn)}', *operands])})"
 
 
 def _crossed(size: int, other: int) -> int:

@@ -68,6 +68,8 @@ ERRORS = {
                                            r".*Operands come whole.*slopes\[head\]"),
     "an operand too many": (qkv(score_mod=add_slopes, score_operands=(f(8), f(8))), TypeError,
                             r"`score_mod` add_slopes fails.*operands of shape \(8,\), \(8,\): .*positional argument"),
+    "an if": (qkv(score_mod=lambda s, b, h, q, k: s if q > k else -s), ValueError,
+              "`score_mod` <lambda> fails on a tile.*write `if` as jnp.where"),
     "another shape": (qkv(score_mod=lambda s, b, h, q, k: s.sum(-1)), ValueError, "returns shape .* it must return one value for each"),
     "a shape that broadcasts": (qkv(score_mod=lambda s, b, h, q, k: h * 1.0), ValueError, "returns shape .* it must return one value"),
     "another dtype": (qkv(score_mod=lambda s, b, h, q, k: s.astype("bfloat16")), ValueError,

@@ -124,17 +124,19 @@ def test_vmap_over_operands(backend):
 def test_operands_of_what_is_hidden_are_not_read(backend):
   """NaN in entries that only masked scores look up reaches nothing, not even through a product with another operand."""
   q, k, v = draw()
-  mod = lambda s, b, h, i, j, of_key, of_head, of_both: s * of_key[b, j] * of_head[h] + of_key[b, j] * of_both[h, (i - j) % 24]
+  mod = lambda s, b, h, i, j, of_key, of_head, of_both: s * jnp.log(of_key[b, j]) * of_head[h] + of_key[b, j] * of_both[h, (i - j) % 24]
   lengths = np.array([10, 17])
-  of_key, of_head, of_both = 1 + normal(B, S) / 9, 1 + normal(N) / 9, normal(N, 24)
+  of_key, of_head, of_both = 2 + normal(B, S) / 9, 1 + normal(N) / 9, normal(N, 24)
   hidden = np.arange(S) >= lengths[:, None]
 
   def grads(of_key):
     f = lambda *x: jnp.sin(attention(backend, q, k, v, score_mod=mod, score_operands=x, key_value_seq_lengths=lengths)[0]).sum()
     return jax.value_and_grad(f, (0, 1, 2))(of_key, of_head, of_both)
 
-  clean, spoilt = grads(of_key), grads(jnp.where(hidden, jnp.nan, of_key))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), spoilt, clean)
+  clean = grads(of_key)
+  for worst in (jnp.nan, 0.0):
+    spoilt = grads(jnp.where(hidden, worst, of_key))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), spoilt, clean)
 
 
 def test_nan_that_is_looked_up_for_what_is_kept_shows():

@@ -131,6 +131,8 @@ ERRORS = {
                     r"`cu_seqlens_q` has shape \(2,\) and `cu_seqlens_k` has \(3,\); they must count the same sequences"),
     "lengths": ((F((5, 2, 4)),) * 3 + ([0, 5], [0, 5]), {"query_seq_lengths": [3]}, TypeError,
                 "`query_seq_lengths` is an argument of attention, not of attention_varlen"),
+    "an unknown option": ((F((5, 2, 4)),) * 3 + ([0, 5], [0, 5]), {"causal": True}, TypeError,
+                          "attention_varlen has no argument `causal`; .* is_causal"),
     "slopes": ((F((5, 2, 4)),) * 3 + ([0, 5], [0, 5]), {"alibi_slopes": F((3, 2))}, ValueError, r"`alibi_slopes` has shape \(3, 2\)"),
     "lengths of keys and values": ((F((5, 2, 4)), F((5, 2, 4)), F((6, 2, 4)), [0, 5], [0, 5]), {}, ValueError, "`value` has length 6"),
 }
