@@ -53,11 +53,22 @@ def _bias(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
   return {"bias": bias, "logits_soft_cap": 2.0}, {"bias": bias, "logits_soft_cap": 2.0}
 
 
+def _by_distance(score: Any, batch: Any, head: Any, query: Any, key: Any, table: Any) -> Any:
+  return score + table[head, jnp.clip(query - key, -8, 7) + 8]
+
+
+def _function(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
+  options = {"score_mod": _by_distance, "score_operands": (rng.normal(size=(4, 16)).astype(np.float32),),
+             "sinks": rng.normal(size=4).astype(np.float32)}
+  return options, dict(options)
+
+
 CASES = (
     Case("causal", jnp.float32, (2, 130, 130, 3, 3, 32, 32), _causal),
     Case("grouped, window", jnp.bfloat16, (2, 150, 140, 4, 2, 32, 16), _window),
     Case("segments", jnp.float32, (2, 150, 140, 3, 1, 16, 32), _segments),
     Case("bias, soft cap", jnp.float32, (1, 150, 140, 4, 2, 32, 32), _bias),
+    Case("score_mod, sinks", jnp.bfloat16, (1, 130, 140, 4, 2, 16, 32), _function),
 )
 
 
