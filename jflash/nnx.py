@@ -105,7 +105,7 @@ class MultiHeadAttention(nnx.Module):
       segment_ids: int `[batch..., T]` or `[T]`, or a pair; tokens see only those of their own segment.
       is_causal: a query sees keys at its own position and before. While decoding always so.
       decode: append to the cache and attend over it; default `self.decode`, which is False at first.
-      deterministic: True switches dropout off, False on; default `self.deterministic`, and True while decoding.
+      deterministic: True switches dropout off, False on; default `self.deterministic`, but True while decoding.
       rngs: where dropout draws its key: an `nnx.Rngs` with a `dropout` stream, or a stream; default `self.rngs`.
 
     Returns:
@@ -197,8 +197,8 @@ def attention_fn(query, key, value, bias=None, mask=None, broadcast_dropout=True
   Args:
     query: `[batch..., T, N, H]`. key: `[batch..., S, K, H]`. value: `[batch..., S, K, E]`; N is a multiple of K.
     bias, mask: broadcast to `[batch..., N, T, S]`; a mask of any type, non-zero may be seen.
-    broadcast_dropout: taken and not looked at. Every batch element and head drops weights of its own, as with False;
-      True, Flax's default, shares one mask among them. A single weight's chance to be dropped is the same.
+    broadcast_dropout: accepted and ignored. Every batch element and head drops weights of its own, as with False; True,
+      Flax's default, would share one mask among them. A single weight's chance to be dropped is the same.
     dropout_rng: a key from `jax.random.key` or `jax.random.PRNGKey`.
     dropout_rate: share of the weights that are dropped, a number 0 <= rate < 1; the rest is divided by 1 - rate.
     deterministic: True switches dropout off.

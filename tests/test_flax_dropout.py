@@ -14,7 +14,7 @@ from flax import nnx
 import jflash
 import jflash.linen
 import jflash.nnx
-from tests import dropout_reference
+from tests import cases, dropout_reference
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 same = np.testing.assert_array_equal
@@ -38,7 +38,8 @@ compiled = functools.partial(jax.jit, static_argnames=("rate", "deterministic", 
 
 @compiled
 def run_nnx(params, x, key=None, *, rate=RATE, deterministic=None, is_causal=False):
-  layer = jflash.nnx.MultiHeadAttention(N, D, num_kv_heads=K, dropout_rate=rate, rngs=nnx.Rngs(0), kernel_init=nnx.initializers.zeros)
+  layer = jflash.nnx.MultiHeadAttention(N, D, num_kv_heads=K, dropout_rate=rate, rngs=nnx.Rngs(0),
+                                        kernel_init=nnx.initializers.zeros)
   nnx.update(layer, params)
   rngs = None if key is None else nnx.Rngs(dropout=key)
   return layer(x, deterministic=deterministic, rngs=rngs, is_causal=is_causal)
@@ -54,16 +55,9 @@ LAYERS = {"nnx": Layer(run_nnx, lambda key: nnx.Rngs(dropout=key).dropout()), "l
 both = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 
 
-class Sizes(NamedTuple):
-  B: int
-  N: int
-  T: int
-  S: int
-
-
 def factors(key, batch, t):
   """By what the weights `[batch..., N, T, T]` are multiplied."""
-  flat = dropout_reference.factors(RATE, np.asarray(jax.random.key_data(key)), Sizes(int(np.prod(batch)), N, t, t))
+  flat = dropout_reference.factors(RATE, np.asarray(jax.random.key_data(key)), cases.Sizes(B=int(np.prod(batch)), N=N, T=t, S=t))
   return jnp.asarray(flat.reshape(*batch, N, t, t), jnp.float32)
 
 
@@ -207,7 +201,8 @@ def test_nnx_errors():
 
 def test_linen_draws_where_flax_draws():
   ours = jflash.linen.MultiHeadAttention(num_heads=N, dropout_rate=RATE, deterministic=False)
-  moved = nn.MultiHeadDotProductAttention(num_heads=N, dropout_rate=RATE, deterministic=False, attention_fn=jflash.linen.attention_fn)
+  moved = nn.MultiHeadDotProductAttention(num_heads=N, dropout_rate=RATE, deterministic=False,
+                                          attention_fn=jflash.linen.attention_fn)
   variables = moved.init(jax.random.key(0), X)
   shapes = lambda variables: jax.tree.map(jnp.shape, variables)
   for rate in (RATE, 0.0):
