@@ -3,8 +3,6 @@
 from . import _api, _multihead
 
 _FIXES = {
-    "dropout": "dropout on attention weights is not computed; build the layer with dropout_rate=0, or call it with "
-               "deterministic=True.",
     "precision": "`precision` would be ignored: scores and sums are always float32 or better; build the layer with "
                  "precision=None.",
     "module": "the attention weights are never formed, so they cannot be sown; call the layer with sow_weights=False, "
@@ -25,8 +23,18 @@ def refuse(**options):
       raise NotImplementedError(f"jflash's attention_fn: {_FIXES[name]}")
 
 
-def attention(query, key, value, bias, mask, *, dtype, is_causal=False):
+def dropping(rate, rng, deterministic):
+  """`jflash.attention` with the dropout that Flax's three arguments ask for."""
+  if deterministic or rate == 0:
+    return _api.attention
+  if rng is None:
+    raise ValueError(f"`dropout_rate` is {rate} and `dropout_rng` is None; pass dropout_rng=jax.random.key(seed), another one "
+                     "at every step, or switch dropout off by deterministic=True.")
+  return _multihead.dropping(_api.attention, rate, rng)
+
+
+def attention(attend, query, key, value, bias, mask, *, dtype, is_causal=False):
   """Casts to `dtype` and attends over any batch dims; see `jflash.nnx.attention_fn`."""
   if dtype is not None:
     query, key, value = (x.astype(dtype) for x in (query, key, value))
-  return _multihead.flat_attention(_api.attention, query, key, value, mask=mask, bias=bias, is_causal=is_causal)
+  return _multihead.flat_attention(attend, query, key, value, mask=mask, bias=bias, is_causal=is_causal)

@@ -3,6 +3,7 @@
 Letters: `batch...` any number of batch dims, T queries, S keys, D features, N query heads, K kv heads, H head width.
 """
 
+import functools
 import math
 
 import jax
@@ -61,6 +62,11 @@ def _checked_ids(name, ids, like):
     raise ValueError(f"`{name}` is {ids.dtype} {ids.shape} and its input has shape {like.shape} [batch..., length, "
                      f"features]; pass integers of shape {full} or {length}.")
   return ids
+
+
+def dropping(attention, rate, key):
+  """`attention` with dropout at this rate, or as it is where `key` is None."""
+  return attention if key is None else functools.partial(attention, dropout_rate=rate, dropout_key=key)
 
 
 def attend(attention, query, key, value, *, cache=None, rotary=None, mask=None, positions=(None, None),

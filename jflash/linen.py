@@ -40,6 +40,9 @@ class MultiHeadAttention(nn.Module):
       `functools.partial(jflash.attention, local_window_size=(1023, 0), logits_soft_cap=50.0)`.
     decode: whether calls append to the 'cache' collection and attend over it; default False. `init` with inputs
       `[batch..., capacity, D]` makes that collection.
+    dropout_rate: share of the attention weights that are dropped, a number 0 <= rate < 1; the rest is divided by
+      1 - rate. Every batch element and every head drops weights of its own. Default 0.
+    deterministic: whether dropout is off. If `dropout_rate` is not 0, it is said either here or in each call.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -63,10 +66,13 @@ class MultiHeadAttention(nn.Module):
   rotary: Callable[..., jax.Array] | None = None
   attention: Callable[..., Any] = _api.attention
   decode: bool = False
+  dropout_rate: float = 0.0
+  deterministic: bool | None = None
 
   @nn.compact
   def __call__(self, inputs_q: jax.Array, inputs_k: jax.Array | None = None, inputs_v: jax.Array | None = None, *,
-               mask: Any = None, positions: Any = None, segment_ids: Any = None, is_causal: bool = False) -> jax.Array:
+               mask: Any = None, positions: Any = None, segment_ids: Any = None, is_causal: bool = False,
+               deterministic: bool | None = None, dropout_rng: jax.Array | None = None) -> jax.Array:
     """Attends from `inputs_q` to `inputs_k`.
 
     Args:
@@ -79,17 +85,22 @@ class MultiHeadAttention(nn.Module):
         what it holds, and -1 is padding, which is not kept.
       segment_ids: int `[batch..., T]` or `[T]`, or a pair; tokens see only those of their own segment.
       is_causal: a query sees keys at its own position and before. While decoding always so.
+      deterministic: True switches dropout off, False on; default the attribute, but True while decoding.
+      dropout_rng: the key of this call's dropout; default `make_rng('dropout')`.
 
     Returns:
       `[batch..., T, out_features]`. A query that may see nothing attends to nothing: its head outputs are 0. If jit
       hides that a sequence overflows the cache, its out is NaN.
 
     Raises:
-      ValueError: shapes, sizes or types do not fit, or the cache is missing, full or of another batch size.
+      ValueError: shapes, sizes or types do not fit, the cache is missing, full or of another batch size, or
+        `deterministic` is said twice, or not at all and `dropout_rate` is not 0.
+      flax.errors.InvalidRngError: dropout is on and there is neither `dropout_rng` nor a 'dropout' rng.
     """
     q, k, v = _multihead.inputs(inputs_q, inputs_k, inputs_v, decode=self.decode)
     num_kv_heads = self.num_kv_heads or self.num_heads
     head_dim = _multihead.head_dim(self.qkv_features or q.shape[-1], self.num_heads, num_kv_heads)
+    dropout_key = self._dropout_key(deterministic, dropout_rng)
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     dense = functools.partial(nn.DenseGeneral, kernel_init=self.kernel_init, bias_init=self.bias_init,
                               use_bias=self.use_bias, **dtypes)
@@ -101,7 +112,8 @@ class MultiHeadAttention(nn.Module):
       query, key = norm(name="query_ln", **dtypes)(query), norm(name="key_ln", **dtypes)(key)
     cached = self._cached(key) if self.decode else []
     out, cache = _multihead.attend(
-        self.attention, query, key, value, rotary=self.rotary, mask=mask, is_causal=is_causal,
+        _multihead.dropping(self.attention, self.dropout_rate, dropout_key), query, key, value, rotary=self.rotary,
+        mask=mask, is_causal=is_causal,
         cache=Cache(*(x.value for x in cached)) if cached and not self.is_initializing() else None,
         positions=_multihead.sides("positions", positions, q, k),
         segment_ids=_multihead.sides("segment_ids", segment_ids, q, k))
@@ -109,6 +121,16 @@ class MultiHeadAttention(nn.Module):
       for variable, new in zip(cached, cache):
         variable.value = new
     return dense(self.out_features or q.shape[-1], axis=(-2, -1), name="out")(out)
+
+  def _dropout_key(self, deterministic, dropout_rng):
+    """The key of a call's dropout, or None where nothing is dropped."""
+    if self.dropout_rate == 0:
+      return None
+    if not self.decode:
+      deterministic = nn.merge_param("deterministic", self.deterministic, deterministic)
+    if deterministic is None or deterministic:
+      return None
+    return self.make_rng("dropout") if dropout_rng is None else dropout_rng
 
   def _cached(self, key):
     """The three variables of the cache, made by `init` with as many slots as `key` `[batch..., S, K, H]` is long."""
@@ -131,7 +153,10 @@ def attention_fn(query, key, value, bias=None, mask=None, broadcast_dropout=True
   Args:
     query: `[batch..., T, N, H]`. key: `[batch..., S, K, H]`. value: `[batch..., S, K, E]`; N is a multiple of K.
     bias, mask: broadcast to `[batch..., N, T, S]`; a mask of any type, non-zero may be seen.
-    broadcast_dropout, dropout_rng, dropout_rate: only without effect: rate 0 or `deterministic`.
+    broadcast_dropout: accepted and ignored. Every batch element and head drops weights of its own, as with False; True,
+      Flax's default, would share one mask among them. A single weight's chance to be dropped is the same.
+    dropout_rng: a key from `jax.random.key` or `jax.random.PRNGKey`.
+    dropout_rate: share of the weights that are dropped, a number 0 <= rate < 1; the rest is divided by 1 - rate.
     deterministic: True switches dropout off.
     dtype: of the computation; default that of the inputs. Scores and sums are float32 at least.
     force_fp32_for_softmax: always so.
@@ -141,6 +166,7 @@ def attention_fn(query, key, value, bias=None, mask=None, broadcast_dropout=True
     `[batch..., T, N, E]`; a query that may see nothing gives 0, where Flax gives the mean of the values.
 
   Raises:
+    ValueError: dropout is on and `dropout_rng` is None, or shapes do not fit.
     NotImplementedError: an option that it cannot honour.
 
   Example:
@@ -150,8 +176,8 @@ def attention_fn(query, key, value, bias=None, mask=None, broadcast_dropout=True
     >>> layer.init_with_output(jax.random.key(0), jnp.ones((4, 10, 64)))[0].shape
     (4, 10, 64)
   """
-  del broadcast_dropout, dropout_rng, force_fp32_for_softmax
-  _drop_in.refuse(dropout=not deterministic and dropout_rate > 0, precision=precision, module=module,
-                  einsum_dot_general=einsum_dot_general, qk_attn_weights_einsum=qk_attn_weights_einsum,
-                  attn_weights_value_einsum=attn_weights_value_einsum)
-  return _drop_in.attention(query, key, value, bias, mask, dtype=dtype)
+  del broadcast_dropout, force_fp32_for_softmax
+  _drop_in.refuse(precision=precision, module=module, einsum_dot_general=einsum_dot_general,
+                  qk_attn_weights_einsum=qk_attn_weights_einsum, attn_weights_value_einsum=attn_weights_value_einsum)
+  attend = _drop_in.dropping(dropout_rate, dropout_rng, deterministic)
+  return _drop_in.attention(attend, query, key, value, bias, mask, dtype=dtype)

@@ -35,7 +35,13 @@ class MultiHeadAttention(nnx.Module):
       Default None.
     attention: what attends; options of `jflash.attention` are bound to it, as in
       `functools.partial(jflash.attention, local_window_size=(1023, 0), logits_soft_cap=50.0)`.
-    rngs: `nnx.Rngs` with a `params` stream.
+    dropout_rate: share of the attention weights that are dropped, a number 0 <= rate < 1; the rest is divided by
+      1 - rate. Every batch element and every head drops weights of its own. Default 0.
+    deterministic: whether dropout is off, where a call does not say; `model.train()` and `model.eval()` set it.
+      Default None: each call must say, if `dropout_rate` is not 0.
+    keep_rngs: whether the layer keeps a `dropout` stream of its own, forked from `rngs`, if `dropout_rate` is not 0;
+      default True. Otherwise each call brings `rngs`.
+    rngs: `nnx.Rngs` with a `params` stream, and a `dropout` stream where one is kept.
     **linear: keywords for the four `nnx.LinearGeneral` layers, among them `dtype` (of the computation; default that
       of inputs and parameters), `param_dtype` (float32), `kernel_init` (LeCun normal), `bias_init` (zeros),
       `use_bias` (True), `precision` and `kernel_metadata`.
@@ -55,7 +61,8 @@ class MultiHeadAttention(nnx.Module):
   def __init__(self, num_heads: int, in_features: int, qkv_features: int | None = None,
                out_features: int | None = None, num_kv_heads: int | None = None, in_kv_features: int | None = None, *,
                normalize_qk: bool | Callable[..., Any] = False, rotary: Callable[..., jax.Array] | None = None,
-               attention: Callable[..., Any] = _api.attention, rngs: nnx.Rngs, **linear: Any):
+               attention: Callable[..., Any] = _api.attention, dropout_rate: float = 0.0,
+               deterministic: bool | None = None, keep_rngs: bool = True, rngs: nnx.Rngs, **linear: Any):
     self.num_heads, self.in_features = num_heads, in_features
     self.qkv_features = qkv_features or in_features
     self.out_features = out_features or in_features
@@ -63,6 +70,7 @@ class MultiHeadAttention(nnx.Module):
     self.in_kv_features = in_kv_features or in_features
     self.head_dim = _multihead.head_dim(self.qkv_features, num_heads, self.num_kv_heads)
     self.rotary, self.attention = rotary, attention
+    self.dropout_rate, self.deterministic = dropout_rate, deterministic
     self.decode = False
     self.dtype, self.param_dtype = linear.get("dtype"), linear.get("param_dtype", jnp.float32)
 
@@ -75,13 +83,15 @@ class MultiHeadAttention(nnx.Module):
     self.query_ln: Any = norm(self.head_dim, **norms) if norm else nnx.data(None)
     self.key_ln: Any = norm(self.head_dim, **norms) if norm else nnx.data(None)
     self.out = dense((num_heads, self.head_dim), self.out_features, axis=(-2, -1))
+    self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate else None
     self.cached_key: Any = nnx.data(None)  # nnx.Cache once `init_cache` was called, as the next two
     self.cached_value: Any = nnx.data(None)
     self.cache_index: Any = nnx.data(None)
 
   def __call__(self, inputs_q: jax.Array, inputs_k: jax.Array | None = None, inputs_v: jax.Array | None = None, *,
                mask: Any = None, positions: Any = None, segment_ids: Any = None, is_causal: bool = False,
-               decode: bool | None = None) -> jax.Array:
+               decode: bool | None = None, deterministic: bool | None = None,
+               rngs: nnx.Rngs | nnx.RngStream | None = None) -> jax.Array:
     """Attends from `inputs_q` to `inputs_k`.
 
     Args:
@@ -95,13 +105,16 @@ class MultiHeadAttention(nnx.Module):
       segment_ids: int `[batch..., T]` or `[T]`, or a pair; tokens see only those of their own segment.
       is_causal: a query sees keys at its own position and before. While decoding always so.
       decode: append to the cache and attend over it; default `self.decode`, which is False at first.
+      deterministic: True switches dropout off, False on; default `self.deterministic`, but True while decoding.
+      rngs: where dropout draws its key: an `nnx.Rngs` with a `dropout` stream, or a stream; default `self.rngs`.
 
     Returns:
       `[batch..., T, out_features]`. A query that may see nothing attends to nothing: its head outputs are 0. If jit
       hides that a sequence overflows the cache, its out is NaN.
 
     Raises:
-      ValueError: shapes, widths or types do not fit, or the cache is missing, full or of another batch size.
+      ValueError: shapes, widths or types do not fit, the cache is missing, full or of another batch size, or
+        `dropout_rate` is not 0 and `deterministic` or `rngs` are missing.
     """
     decode = self.decode if decode is None else decode
     q, k, v = _multihead.inputs(inputs_q, inputs_k, inputs_v, decode=decode)
@@ -109,11 +122,13 @@ class MultiHeadAttention(nnx.Module):
       if x.shape[-1] != width:
         raise ValueError(f"`inputs_{name}` has {x.shape[-1]} features and the layer was made for {width}; set "
                          f"`{'in_features' if name == 'q' else 'in_kv_features'}` to {x.shape[-1]}.")
+    dropout_key = self._dropout_key(deterministic, rngs, decode)
     query, key, value = self.query(q), self.key(k), self.value(v)  # [batch..., T, N, H], [batch..., S, K, H] twice
     if self.query_ln is not None:
       query, key = self.query_ln(query), self.key_ln(key)
     out, cache = _multihead.attend(
-        self.attention, query, key, value, cache=self._cache() if decode else None, rotary=self.rotary, mask=mask,
+        _multihead.dropping(self.attention, self.dropout_rate, dropout_key), query, key, value,
+        cache=self._cache() if decode else None, rotary=self.rotary, mask=mask,
         positions=_multihead.sides("positions", positions, q, k),
         segment_ids=_multihead.sides("segment_ids", segment_ids, q, k), is_causal=is_causal)
     if cache is not None:
@@ -129,15 +144,18 @@ class MultiHeadAttention(nnx.Module):
     cache = Cache.empty(shape, dtype or self.dtype or self.param_dtype)
     self.cached_key, self.cached_value, self.cache_index = map(nnx.Cache, cache)
 
-  def set_view(self, decode: bool | None = None, batch_size: int | tuple[int, ...] | None = None,
-               max_length: int | None = None):
+  def set_view(self, deterministic: bool | None = None, decode: bool | None = None,
+               batch_size: int | tuple[int, ...] | None = None, max_length: int | None = None):
     """Called by `nnx.view`.
 
     Args:
+      deterministic: whether dropout is off.
       decode: if True, calls append to the cache and attend over it.
       batch_size: with `max_length`, makes an empty cache for this many sequences.
       max_length: the capacity of that cache, in tokens.
     """
+    if deterministic is not None:
+      self.deterministic = deterministic
     if decode is not None:
       self.decode = decode
     if (batch_size is None) != (max_length is None):
@@ -145,6 +163,23 @@ class MultiHeadAttention(nnx.Module):
     if batch_size is not None and max_length is not None:
       batch = (batch_size,) if isinstance(batch_size, int) else batch_size
       self.init_cache((*batch, max_length, self.in_features))
+
+  def _dropout_key(self, deterministic, rngs, decode):
+    """The key of a call's dropout, or None where nothing is dropped."""
+    if self.dropout_rate == 0:
+      return None
+    if deterministic is None:
+      deterministic = True if decode else self.deterministic
+    if deterministic is None:
+      raise ValueError(f"`dropout_rate` is {self.dropout_rate} and neither the call nor the layer has `deterministic`; call "
+                       "`model.train()` or `model.eval()`, or pass deterministic=False to drop, True not to.")
+    if deterministic:
+      return None
+    rngs = self.rngs if rngs is None else rngs
+    if rngs is None:
+      raise ValueError(f"`dropout_rate` is {self.dropout_rate} and `rngs` is None in the call and in the layer; pass "
+                       "rngs=nnx.Rngs(dropout=seed) to the call, or build the layer with keep_rngs=True.")
+    return (rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs)()
 
   def _cache(self) -> Cache:
     if self.cached_key is None:
@@ -162,7 +197,10 @@ def attention_fn(query, key, value, bias=None, mask=None, broadcast_dropout=True
   Args:
     query: `[batch..., T, N, H]`. key: `[batch..., S, K, H]`. value: `[batch..., S, K, E]`; N is a multiple of K.
     bias, mask: broadcast to `[batch..., N, T, S]`; a mask of any type, non-zero may be seen.
-    broadcast_dropout, dropout_rng, dropout_rate: only without effect: rate 0 or `deterministic`.
+    broadcast_dropout: accepted and ignored. Every batch element and head drops weights of its own, as with False; True,
+      Flax's default, would share one mask among them. A single weight's chance to be dropped is the same.
+    dropout_rng: a key from `jax.random.key` or `jax.random.PRNGKey`.
+    dropout_rate: share of the weights that are dropped, a number 0 <= rate < 1; the rest is divided by 1 - rate.
     deterministic: True switches dropout off.
     dtype: of the computation; default that of the inputs. Scores and sums are float32 at least.
     precision, module, input_positions: must be None.
@@ -172,6 +210,7 @@ def attention_fn(query, key, value, bias=None, mask=None, broadcast_dropout=True
     `[batch..., T, N, E]`; a query that may see nothing gives 0, where Flax gives the mean of the values.
 
   Raises:
+    ValueError: dropout is on and `dropout_rng` is None, or shapes do not fit.
     NotImplementedError: an option that it cannot honour.
 
   Example:
@@ -181,7 +220,7 @@ def attention_fn(query, key, value, bias=None, mask=None, broadcast_dropout=True
     >>> layer(jnp.ones((4, 10, 64)), is_causal=True).shape
     (4, 10, 64)
   """
-  del broadcast_dropout, dropout_rng
-  _drop_in.refuse(dropout=not deterministic and dropout_rate > 0, precision=precision, module=module,
-                  input_positions=input_positions)
-  return _drop_in.attention(query, key, value, bias, mask, dtype=dtype, is_causal=is_causal)
+  del broadcast_dropout
+  _drop_in.refuse(precision=precision, module=module, input_positions=input_positions)
+  attend = _drop_in.dropping(dropout_rate, dropout_rng, deterministic)
+  return _drop_in.attention(attend, query, key, value, bias, mask, dtype=dtype, is_causal=is_causal)

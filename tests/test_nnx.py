@@ -321,8 +321,6 @@ def test_attention_fn_with_dropout_switched_off():
   flax, ours = moved(dropout_rate=0.5)
   x = normal(0, 2, 7, 12)
   close(call(ours, x, deterministic=True), call(flax, x, deterministic=True))
-  with pytest.raises(NotImplementedError, match="dropout_rate=0"):
-    ours(x, deterministic=False)
 
 
 def test_attention_fn_refuses_what_it_cannot_do():
