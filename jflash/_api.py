@@ -109,7 +109,7 @@ def make_problem(query: Any, key: Any, value: Any, bias: Any = None, mask: Any =
                  query_segment_ids: Any = None, key_value_segment_ids: Any = None, logits_soft_cap: Any = None,
                  alibi_slopes: Any = None, score_mod: Any = None, score_operands: Any = (), dropout_rate: Any = 0.0,
                  dropout_key: Any = None, batch_ids: Any = None, head_ids: Any = None) -> Problem:
-  """The arguments of `attention`, checked and laid out. `batch_ids` may be a pair: of queries `[T]` and of keys `[S]`."""
+  """The arguments of `attention`, checked and laid out; `batch_ids` may also be `_mask.OfTokens`."""
   q, k, v = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
   _check.inputs(q, k, v)
   if q.ndim == 3:
@@ -151,8 +151,8 @@ def _sizes(q: Any, k: Any, query_positions: Any, key_value_positions: Any, batch
     sizes = sizes._replace(query_positions=_check.per_query(query_positions, sizes, "query_positions"))
   if key_value_positions is not None:
     sizes = sizes._replace(key_positions=_check.per_key(key_value_positions, sizes, "key_value_positions"))
-  if isinstance(batch_ids, tuple):
-    sizes = sizes._replace(batch_ids=batch_ids[0].reshape(1, 1, -1, 1), key_batch_ids=batch_ids[1].reshape(1, 1, 1, -1))
+  if isinstance(batch_ids, _mask.OfTokens):
+    sizes = sizes._replace(batch_ids=batch_ids.query.reshape(1, 1, -1, 1), key_batch_ids=batch_ids.key.reshape(1, 1, 1, -1))
   elif batch_ids is not None:
     sizes = sizes._replace(batch_ids=_check.ids(batch_ids, sizes.batch, "batch_ids", "batch elements").reshape(-1, 1, 1, 1))
   if head_ids is not None:

@@ -28,7 +28,7 @@ class Dropout:
 
   def on_tile(self, weights: Any) -> Any:
     """A tile of weights, or of what multiplies them, with 0 where it is dropped."""
-    return jnp.where(self.kept(), weights * np.float32(1 / (1 - self.rate)).astype(weights.dtype), 0.0)
+    return jnp.where(self.kept(), weights * (1 / (1 - self.rate)), 0.0)
 
   def kept(self) -> Any:
     """Which weights of a tile are kept."""

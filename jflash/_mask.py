@@ -47,6 +47,13 @@ class Coordinates(NamedTuple):
   take: Any = None  # `take(table, index)` of the backend
 
 
+class OfTokens(NamedTuple):
+  """Which sequence each query `[T]` and each key `[S]` belongs to, where one batch element packs many."""
+
+  query: Any
+  key: Any
+
+
 class Sizes(NamedTuple):
   """What a mask is bound to: B batch, N query heads, T queries, S keys, and the positions where the caller gave any."""
 

@@ -123,10 +123,16 @@ def _without_last_axis(node: Any) -> Any:
   if node.equation.params["broadcast_dimensions"] != tuple(range(len(node.aval.shape) - 1)):
     return None
   node = node.inputs[0]
-  while (isinstance(node, Node) and node.primitive == "broadcast_in_dim"
-         and node.equation.params["broadcast_dimensions"] == tuple(range(len(node.aval.shape)))):
+  while isinstance(node, Node) and _keeps_values(node):
     node = node.inputs[0]
   return node
+
+
+def _keeps_values(node: Node) -> bool:
+  """Whether a node only repeats an index, along axes of size one or from a number, or converts it."""
+  return node.primitive == "convert_element_type" or (
+      node.primitive == "broadcast_in_dim"
+      and node.equation.params["broadcast_dimensions"] in ((), tuple(range(len(node.aval.shape)))))
 
 
 def _flat(indices: list[Any], sizes: tuple[int, ...]) -> Any:
@@ -180,7 +186,9 @@ class Program:
         inner = [(evaluate(x, known), size) for x, size in zip(indices, sizes) if size is not None]
         value = at.take(value, _flat([x for x, _ in inner], tuple(size for _, size in inner)))
         if _fills(node):
-          value = jnp.where(conjunction([(x >= 0) & (x < size) for x, size in inner], None), value, jnp.nan)
+          inside = conjunction([(x >= 0) & (x < size) for x, size in inner], None)
+          fill = node.equation.params["fill_value"]
+          value = jnp.where(inside, value, jnp.nan if fill is None else fill)
       if keep is not None and jnp.issubdtype(node.aval.dtype, jnp.floating):
         value = jnp.where(_kept_by_any(keep, value.shape), value, 1)
       known[node] = jnp.broadcast_to(_as(value, node), node.aval.shape)
@@ -245,12 +253,14 @@ def bind(fn: Callable, operands: Any, sizes: Sizes, score_dtype: Any = None) -> 
 
 
 def _looked_up_in_tiles(indexed: Indexed, node: Node, runs_along: Callable) -> bool:
-  fixed = not indexed.table.names & set(NAMES) and any(runs_along(x) for x in indexed.indices)
+  outer = [x for x in indexed.indices if not runs_along(x)]
+  fixed = not indexed.table.names & set(NAMES) and len(outer) < len(indexed.indices)
+  fixed = fixed and all(not isinstance(x, Node) or x.aval.shape[-2:] in ((), (1, 1)) for x in outer)
   return fixed and not (_fills(node) and not jnp.issubdtype(node.aval.dtype, jnp.floating))
 
 
 def _fills(node: Node) -> bool:
-  """Whether an index that is out of range gives NaN rather than anything."""
+  """Whether an index that is out of range gives a value of its own, NaN by default."""
   return node.equation.params["mode"] == GatherScatterMode.FILL_OR_DROP
 
 
@@ -271,7 +281,7 @@ def _rows(indexed: Indexed, outer: list[bool], known: dict[Node, Any]) -> Any:
   chosen = [evaluate(x, known) for x, o in zip(indexed.indices, outer) if o]
   sizes = tuple(table.shape[a] for a, o in enumerate(outer) if o)
   flat = table.transpose(axes).reshape(int(np.prod(sizes)), -1)
-  rows = flat[_flat(chosen, sizes)] if chosen else flat[None, None, None]  # [B|1, N|1, 1, 1, n]
+  rows = flat[_flat(chosen, sizes) + np.zeros((1, 1, 1, 1), np.int32)]  # [B|1, N|1, 1, 1, n]
   return rows.reshape(*rows.shape[:2], 1, 1, 1, rows.shape[-1])
 
 

@@ -58,7 +58,7 @@ def attention_varlen(query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seq
   slopes = options.pop("alibi_slopes", None)
   problem = _api.make_problem(
       query, key, value, bias, mask, query_segment_ids=of_query.segments, key_value_segment_ids=of_key.segments,
-      batch_ids=(of_query.sequences, of_key.sequences),
+      batch_ids=_mask.OfTokens(of_query.sequences, of_key.sequences),
       query_positions=of_query.positions if query_positions is None else query_positions,
       key_value_positions=of_key.positions if key_value_positions is None else key_value_positions, **options)
   if slopes is not None:

@@ -18,3 +18,23 @@ if "tpu" not in os.environ["JAX_PLATFORMS"]:  # a real one describes itself; oth
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+def _memory_maps() -> int:
+  """How many regions of memory this process has mapped; 0 where the system does not say."""
+  try:
+    with open("/proc/self/maps", "rb") as lines:
+      return sum(1 for _ in lines)
+  except OSError:
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_functions():
+  """What XLA compiles for the CPU stays mapped, and Linux aborts a process that maps more than 65,530 regions."""
+  yield
+  if _memory_maps() > 20_000:
+    jax.clear_caches()

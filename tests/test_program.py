@@ -40,6 +40,8 @@ def bound(fn, *operands, sizes=SIZES):
     (lambda s, b, h, q, k, x: s + x[b, h, q], [(B, N, T)], [(B, N, T, 1)]),
     (lambda s, b, h, q, k, x: s + x[b, abs(q - k), h], [(B, 30, N)], [(B, N, 1, 1, 1, 30)]),
     (lambda s, b, h, q, k, x: s + x[q % 3, k % 5], [(3, 5)], [(1, 1, 1, 1, 1, 15)]),
+    (lambda s, b, h, q, k, x: s + x[2, q % 5 + k % 5], [(3, 9)], [(1, 1, 1, 1, 1, 9)]),
+    (lambda s, b, h, q, k, x: s + x[:, 0][h] + x.T[abs(q - k) % 9, h], [(N, 9)], [(1, N, 1, 1), (1, N, 1, 1, 1, 9)]),
     (lambda s, b, h, q, k, x: s * x, [()], [(1, 1, 1, 1)]),
     (lambda s, b, h, q, k, x: s + jnp.exp(x)[h], [(N,)], [(1, N, 1, 1)]),
     (lambda s, b, h, q, k, x, y: s + x[h] * y[k], [(N,), (S,)], [(1, N, 1, 1), (1, 1, 1, S)]),
@@ -151,10 +153,12 @@ def test_indices_out_of_range_do_what_jax_says(mode):
   """By head, done ahead; and by query and key, in the tile."""
   q, k, v = draw()
   row, both = normal(3), normal(N, 9)
-  mod = lambda s, b, h, i, j, row, both: s + jnp.take(row, h, mode=mode) + both.at[h, abs(i - j)].get(mode=mode)
+  mod = lambda s, b, h, i, j, row, both: (s + jnp.take(row, h % 2 + 1, mode=mode) + both.at[h, abs(i - j)].get(mode=mode, fill_value=0.5))
   ours = attention("xla", q, k, v, score_mod=mod, score_operands=(row, both))[0]
   want = _reference.attention(q, k, v, score_mod=mod, score_operands=(row, both))[0]
   np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-5)
+  beyond = attention("xla", q, k, v, score_mod=lambda s, b, h, i, j, row: s + jnp.take(row, h, mode=mode), score_operands=(row,))[0]
+  assert np.isnan(beyond[:, :, 3]).all() == (mode == "fill") and np.isfinite(beyond[:, :, :3]).all()
 
 
 def test_a_function_sees_positions_and_ids():

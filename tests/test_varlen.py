@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jflash
-from jflash import _api, _plan, masks
+from jflash import _api, _mask, _plan, masks
 from pallas_kernels import schedule
 from tests.backends import BACKENDS, using
 
@@ -106,7 +106,7 @@ def test_work_grows_with_the_sum_of_squares():
 
   def tiles(ends):
     ids = np.searchsorted(ends[1:], np.arange(4096), side="right")
-    problem = _api.make_problem(x, x, x, query_segment_ids=ids, key_value_segment_ids=ids, batch_ids=(ids, ids))
+    problem = _api.make_problem(x, x, x, query_segment_ids=ids, key_value_segment_ids=ids, batch_ids=_mask.OfTokens(ids, ids))
     visits = _plan.make_schedule(problem, _plan.Plan((128, 128), (1, 1), True, False))
     counts = [int((schedule.kind(side.codes) != schedule.EMPTY).sum()) for side in (visits.rows, visits.columns)]
     assert counts[0] == counts[1] and visits.rows.codes.shape[-1] == counts[0]
