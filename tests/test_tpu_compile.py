@@ -192,6 +192,31 @@ def test_local_lines_compile_with_everything():
   assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
 
 
+@pytest.mark.parametrize("chip", CHIPS)
+def test_packed_sequences_compile(chip):
+  """With ends that are traced, slopes of sequences, and dropout by the number of the sequence."""
+  def loss(q, k, v, slopes, ends, key):
+    return jflash.attention_varlen(q, k, v, ends, ends, is_causal=True, alibi_slopes=slopes, dropout_rate=0.1, dropout_key=key,
+                                   implementation="tpu").astype(jnp.float32).sum()
+
+  struct = jax.ShapeDtypeStruct
+  qkv = [struct((1000, heads, 64), BF16) for heads in (4, 2, 2)]
+  gradient = jax.grad(loss, (0, 1, 2, 3))
+  args = *qkv, struct((5, 4), F32), struct((6,), I32), struct((2,), "uint32")
+  with _plan.force_tiles(256, 256):
+    assert count_kernels(chip, compile_for(chip, gradient, *args), gradient, *args) == 4
+
+
+def test_a_gradient_of_a_gradient_compiles():
+  """Two kernels' passes, forward and backward, and plain JAX for the derivative of the latter."""
+  def product(x, direction):
+    f = lambda x: attend(x, x, x, is_causal=True)[0].astype(jnp.float32).sum()
+    return jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), direction).astype(jnp.float32))(x)
+
+  x = jax.ShapeDtypeStruct((1, 512, 2, 64), BF16)
+  assert count_kernels("v6e", compile_for("v6e", product, x, x), product, x, x) >= 1
+
+
 @pytest.mark.parametrize("length", [16384, 65536, 131072])
 def test_memory_is_linear_on_a_tpu(length):
   """Outside the kernels: six arrays of the size of q with heads leading (its 64 columns lie on 128 lanes), and row statistics."""
