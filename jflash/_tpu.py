@@ -44,8 +44,8 @@ def _too_long(problem: Problem) -> str | None:
   for what, size in lists.items():
     if size > MOST_VISITS:
       return (f"a list of {size} {what} does not fit into a chip's scalar memory, which holds {MOST_VISITS} (tiles "
-              f"are {plan.tiles[0]} x {plan.tiles[1]}); use implementation='xla', a mask that skips more and is known while "
-              "tracing, or fewer batch elements")
+              f"are {plan.tiles[0]} x {plan.tiles[1]}); use implementation='xla', a mask that is known while tracing, "
+              "max_blocks of masks.BlockSparse, or fewer batch elements")
   return None
 
 

@@ -245,5 +245,5 @@ def test_a_bound_on_blocks_makes_the_lists_of_many_heads_fit():
   table = jax.ShapeDtypeStruct((1, 32, 128, 128), BOOL)
   of = lambda most: lambda q, table: attend(q, q, q, mask=masks.BlockSparse(table, (128, 128), most))
   compile_for("v5e", of(8), q, table)
-  with pytest.raises(jax.errors.JaxRuntimeError, match="(?i)smem"):
+  with pytest.raises(NotImplementedError, match="a list of 524288 visits does not fit into a chip's scalar memory.*max_blocks"):
     compile_for("v5e", of(None), q, table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -132,8 +131,7 @@ def test_static_options_are_part_of_the_key(name):
 
 
 def _problem(q, k, v, **kwargs):
-  names = inspect.signature(jflash._api.make_problem).parameters
-  return jflash._api.make_problem(q, k, v, **{**dict.fromkeys([*names][3:]), **kwargs})
+  return jflash._api.make_problem(q, k, v, **kwargs)
 
 
 @each_backend
