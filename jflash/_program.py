@@ -14,6 +14,7 @@ trace are those of the other in the order in which they occur.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -154,6 +155,7 @@ class Program:
   arrays: list[Any]  # of lookups done ahead `[B|1, N|1, T|1, S|1]`, tables `[B|1, N|1, 1, 1, 1, n]`, whole operands
   ways: tuple[Any, ...]  # how each lookup is done
   shapes: tuple[Any, ...]  # (shape, dtype) of each given operand
+  closed_over: tuple[Any, ...]  # the same of what the function closes over
   whole: tuple[Any, ...]  # (operand, array) for operands that are used as they are
   reason: str | None  # why a kernel cannot compute it
 
@@ -170,8 +172,7 @@ class Program:
     lay_out = lambda x: jnp.broadcast_to(jnp.asarray(x, np.int32), (1,) * rank) if np.ndim(x) < 2 else x
     values = {"score": score, "batch": lay_out(at.batch), "head": lay_out(at.head), "query": at.q, "key": at.k}
     values = {name: x for name, x in values.items() if x is not None}
-    structs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in values.items()}
-    trace = Trace(self.fn, structs, [jax.ShapeDtypeStruct(*s) for s in self.shapes])
+    trace = _tile_trace(self, {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in values.items()})
     known = {trace.inputs[name]: x for name, x in values.items()}
     for operand, number in self.whole:
       node = trace.operands[operand]
@@ -193,6 +194,19 @@ class Program:
         value = jnp.where(_kept_by_any(keep, value.shape), value, 1)
       known[node] = jnp.broadcast_to(_as(value, node), node.aval.shape)
     return evaluate(trace.result, known)
+
+
+_traces: weakref.WeakKeyDictionary[Any, dict[Any, Trace]] = weakref.WeakKeyDictionary()
+
+
+def _tile_trace(program: Program, inputs: dict[str, Any]) -> Trace:
+  """The function's graph for one shape of tile; kept, as what the function closes over may be gone when the backward pass asks."""
+  kept = _traces.setdefault(program.fn, {})
+  key = tuple((name, x.shape, x.dtype) for name, x in inputs.items()), program.shapes, program.closed_over
+  if key not in kept:
+    kept[key] = Trace(program.fn, inputs, [jax.ShapeDtypeStruct(*s) for s in program.shapes])
+    kept[key].closed_over.clear()
+  return kept[key]
 
 
 def is_program(x: Any) -> bool:
@@ -249,7 +263,8 @@ def bind(fn: Callable, operands: Any, sizes: Sizes, score_dtype: Any = None) -> 
       whole.append((number, len(arrays)))
       x = known[node]
       arrays.append(x.reshape((1, 1, 1, 1) if x.size == 1 else (1, 1, 1, 1) + (1,) * max(2 - x.ndim, 0) + x.shape))
-  return Program(fn, arrays, tuple(ways), shapes, tuple(whole), _reason(fn, trace, ways, whole, arrays))
+  closed_over = tuple((x.shape, x.dtype) for x in trace.closed_over)
+  return Program(fn, arrays, tuple(ways), shapes, closed_over, tuple(whole), _reason(fn, trace, ways, whole, arrays))
 
 
 def _looked_up_in_tiles(indexed: Indexed, node: Node, runs_along: Callable) -> bool:
