@@ -41,10 +41,7 @@ class Dropout:
 
 def bind(rate: float, key: Any, sizes: Sizes) -> Dropout:
   """The words of a problem, for a PRNG key."""
-  along = lambda axis, size, given: jnp.arange(size, dtype=np.int32).reshape([-1 if a == axis else 1 for a in range(4)]) \
-      if given is None else jnp.asarray(given)
-  batch, head = along(0, sizes.batch, sizes.batch_ids), along(1, sizes.heads, sizes.head_ids)
-  query, column = along(2, sizes.queries, sizes.query_positions), along(3, sizes.keys, sizes.key_positions)
+  batch, head, query, column = sizes.numbers()
   of_key = batch if sizes.key_batch_ids is None else jnp.asarray(sizes.key_batch_ids)
   return Dropout(rate, _words(key, batch, head, 0, query), _words(key, of_key, head, 1, column))
 

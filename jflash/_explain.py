@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from pallas_kernels import schedule
 
-from . import _api, _backends, _plan, _show
+from . import _api, _backends, _check, _plan, _show
 from ._problem import Problem
 from ._program import is_program
 
@@ -126,6 +126,8 @@ explain.__signature__ = _SIGNATURE.replace(return_annotation="Explanation")  # t
 
 def _explain(arguments: dict[str, Any]) -> Explanation:
   problem = _api.make_problem(**{name: arguments[name] for name in _PROBLEM_NAMES})
+  if arguments["sinks"] is not None:
+    _check.sinks(arguments["sinks"], problem.heads)
   backend, passed_over = _backends.select(problem, arguments["implementation"])
   plan = backend.plan(problem)
   visits = jax.eval_shape(lambda: _plan.make_schedule(problem, plan))

@@ -18,6 +18,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ._pytree import pytree
@@ -66,6 +67,14 @@ class Sizes(NamedTuple):
   batch_ids: Any = None  # [B, 1, 1, 1], or [1, 1, T, 1] where one batch element packs many
   key_batch_ids: Any = None  # [1, 1, 1, S] in that case
   head_ids: Any = None  # [1, N, 1, 1]
+
+  def numbers(self) -> tuple[Any, Any, Any, Any]:
+    """(batch, head, query position, key position) of all scores, int32 arrays that broadcast to `[B, N, T, S]`."""
+    counted = self.batch, self.heads, self.queries, self.keys
+    given = self.batch_ids, self.head_ids, self.query_positions, self.key_positions
+    count = lambda n, axis: jnp.arange(n, dtype=np.int32).reshape([-1 if a == axis else 1 for a in range(4)])
+    return tuple(count(n, axis) if x is None else jnp.asarray(x)  # type: ignore[return-value]
+                 for axis, (n, x) in enumerate(zip(counted, given)))
 
 
 class Mask:

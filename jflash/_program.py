@@ -227,10 +227,7 @@ def _kept_by_any(keep: Any, shape: tuple[int, ...]) -> Any:
 def bind(fn: Callable, operands: Any, sizes: Sizes, score_dtype: Any = None) -> Program:
   """`fn` with its operands (and what it closes over) for a problem; it is given scores if they have a dtype."""
   full = sizes.batch, sizes.heads, sizes.queries, sizes.keys
-  along = lambda axis, given: jnp.arange(full[axis], dtype=np.int32).reshape([-1 if a == axis else 1 for a in range(4)]) \
-      if given is None else jnp.asarray(given)
-  values = {"batch": along(0, sizes.batch_ids), "head": along(1, sizes.head_ids), "query": along(2, sizes.query_positions),
-            "key": along(3, sizes.key_positions)}
+  values = dict(zip(NAMES[1:], sizes.numbers()))
   inputs: dict[str, Any] = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in values.items()}
   if score_dtype is not None:
     inputs = {"score": jax.ShapeDtypeStruct(full, score_dtype)} | inputs
