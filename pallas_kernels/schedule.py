@@ -81,3 +81,29 @@ def visits(kinds: Any, most: int | None = None) -> Visits:
   codes = xp.take_along_axis(flat(codes), xp.take_along_axis(order, number, axis=-1), axis=-1)
   left_over = np.arange(length) >= total
   return Visits(xp.where(left_over, (codes >> _KIND_BITS) << _KIND_BITS, codes), starts)
+
+
+class RowVisits(NamedTuple):
+  """For kernels that walk a row of tiles in a loop of their own: which tiles, with those that need the mask in front.
+
+  The tiles of row r are `tiles[..., starts[r] : starts[r + 1]]`, of which the first `partial[r]` are PARTIAL.
+  """
+
+  tiles: Any  # [B|1, K|1, length], numbers of columns of tiles
+  starts: Any  # [B|1, K|1, rows + 1]
+  partial: Any  # [B|1, K|1, rows]
+  order: Any  # [B|1, K|1, rows], the rows, longest first
+
+
+def row_visits(kinds: Any) -> RowVisits:
+  """The tiles of a table of kinds `[B|1, K|1, rows, columns]` that are not EMPTY, row by row; a row may have none."""
+  static = isinstance(kinds, np.ndarray)
+  xp: Any = np if static else jnp
+  *lead, rows, columns = kinds.shape
+  counts = xp.sum(kinds != EMPTY, axis=-1, dtype=np.int32)
+  starts = xp.concatenate([xp.zeros((*lead, 1), np.int32), xp.cumsum(counts, axis=-1, dtype=np.int32)], axis=-1)
+  length = max(int(starts.max()), 1) if static else rows * columns
+  rank = xp.where(kinds == EMPTY, 2 * rows, 2 * np.arange(rows)[:, None] + (kinds == FULL))
+  tiles = xp.argsort(rank.reshape(*lead, rows * columns), axis=-1, stable=True)[..., :length] % columns
+  order = xp.argsort(-counts, axis=-1, stable=True)
+  return RowVisits(tiles.astype(np.int32), starts, xp.sum(kinds == PARTIAL, axis=-1, dtype=np.int32), order.astype(np.int32))

@@ -1,12 +1,13 @@
 """The online softmax, written once: start, accumulate, finish, merge, and what the backward pass needs.
 
 Milakov & Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135, Algorithm 1; arXiv:2307.08691 for one division at the end.
-Row statistics keep a last axis of size one, so that they broadcast against scores `[..., rows, columns]`. A masked score is
--inf, and nothing here turns that into a NaN.
+How a backend keeps a number for each row of scores `[..., rows, columns]` is its choice (`Rows`), and so is the base of its
+powers (`Weight`). A masked score is -inf, and nothing here turns that into a NaN.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,12 +15,37 @@ import jax
 import jax.numpy as jnp
 
 INF = float("inf")
+LOG2_E = math.log2(math.e)
+
+
+class Rows(NamedTuple):
+  """Statistics of the rows of a tile."""
+
+  max: Callable[[Any], Any]
+  sum: Callable[[Any], Any]
+  spread: Callable[[Any, int], Any]  # a statistic, as what broadcasts against `[..., rows, width]`
+
+
+# Kept with a last axis of size one.
+COLUMNS = Rows(lambda s: jnp.max(s, axis=-1, keepdims=True), lambda s: jnp.sum(s, axis=-1, keepdims=True), lambda x, width: x)
+
+Weight = Callable[[Any, Any], Any]  # exp(s - base), with what has the shape of s or broadcasts against it
+
+
+def natural(s: Any, base: Any) -> Any:
+  return jnp.exp(s - base)
+
+
+def powers_of_two(unit: float) -> Weight:
+  """exp(unit · (s - base)) as chips do it: one multiplication that adds, and exp2."""
+  factor = unit * LOG2_E
+  return lambda s, base: jnp.exp2(s * factor - base * factor)
 
 
 class State(NamedTuple):
   """What has been seen of some rows: m = max s, total = Σ exp(s - m), acc = Σ exp(s - m) v."""
 
-  m: Any  # [..., rows, 1]
+  m: Any  # [..., rows, 1], or as `Rows` has it
   total: Any  # [..., rows, 1]
   acc: Any  # [..., rows, E]
 
@@ -30,20 +56,26 @@ def start(rows: tuple[int, ...], width: int, dtype: Any) -> State:
   return State(zeros(1) - INF, zeros(1), zeros(width))
 
 
+def advance(m: Any, total: Any, s: Any, rows: Rows = COLUMNS, weight: Weight = natural) -> tuple[Any, Any, Any, Any]:
+  """(m, total, what was summed before shrinks by this, p) with a tile of scores."""
+  highest = jnp.maximum(m, rows.max(s))
+  base = jnp.where(highest == -INF, 0.0, highest)  # rows that have seen nothing yet: exp(-inf - 0) = 0
+  p = weight(s, rows.spread(base, s.shape[-1]))
+  shrink = weight(m, base)
+  return highest, shrink * total + rows.sum(p), shrink, p
+
+
 def accumulate(state: State, s: Any, weigh: Callable[[Any], Any]) -> State:
   """Adds a tile of scores; `weigh(p)` is p V for that tile's values."""
-  m = jnp.maximum(state.m, jnp.max(s, axis=-1, keepdims=True))
-  base = jnp.where(m == -INF, 0.0, m)  # rows that have seen nothing yet: exp(-inf - 0) = 0
-  p = jnp.exp(s - base)
-  shrink = jnp.exp(state.m - base)
-  return State(m, shrink * state.total + jnp.sum(p, axis=-1, keepdims=True), shrink * state.acc + weigh(p))
+  m, total, shrink, p = advance(state.m, state.total, s)
+  return State(m, total, shrink * state.acc + weigh(p))
 
 
-def finish(state: State) -> tuple[Any, Any]:
-  """out = acc / total and lse = m + log total; 0 and -inf for rows that saw nothing."""
+def finish(state: State, rows: Rows = COLUMNS, unit: float = 1.0) -> tuple[Any, Any]:
+  """out = acc / total and lse = unit · m + log total; 0 and -inf for rows that saw nothing."""
   empty = state.m == -INF
   total = jnp.where(empty, 1.0, state.total)
-  return state.acc / total, jnp.where(empty, -INF, state.m + jnp.log(total))
+  return state.acc / rows.spread(total, state.acc.shape[-1]), jnp.where(empty, -INF, state.m * unit + jnp.log(total))
 
 
 def merge(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -57,9 +89,9 @@ def merge(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
   return share(weight_a) * out_a + share(weight_b) * out_b, jnp.where(top == -INF, -INF, base + jnp.log(total))
 
 
-def probabilities(s: Any, lse: Any) -> Any:
+def probabilities(s: Any, lse: Any, weight: Weight = natural) -> Any:
   """P = exp(s - lse), and 0 for rows that saw nothing; `lse [..., rows, 1]`."""
-  return jnp.exp(s - jnp.where(lse == -INF, INF, lse))
+  return weight(s, jnp.where(lse == -INF, INF, lse))
 
 
 def dscores(p: Any, dp: Any, delta: Any) -> Any:

@@ -1,0 +1,8 @@
+"""Attention on Mosaic GPU for Hopper (sm_90a), forward and backward, over the tiles that a schedule lists.
+
+Needs JAX >= 0.11.2: older ones lack too much of Mosaic GPU.
+"""
+
+from .forward import forward as forward
+from .launch import Call as Call
+from .launch import Residuals as Residuals

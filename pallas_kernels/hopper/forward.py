@@ -1,0 +1,216 @@
+"""The forward pass: one warpgroup loads tiles by TMA, the others compute; a thread block keeps its query tile to the end.
+
+Shah et al., FlashAttention-3, arXiv:2407.08608: beside the softmax of one tile run the products of other tiles, those of the same
+warpgroup (Q Kᵀ of the tile after, P V of the tile before) and those of the warpgroup whose turn it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .. import schedule, softmax
+from . import launch, leaves
+
+
+class Tiles(NamedTuple):
+  """A warpgroup's operands in shared memory."""
+
+  q: Any  # [P, 64, H]
+  keys: launch.Ring
+  values: launch.Ring
+  p: Any  # [warpgroups, P, 64, columns], or None
+  turn: Any  # barriers of the two warpgroups, or None
+
+
+def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: schedule.RowVisits) -> tuple[Any, Any]:
+  """`(out [B, T, N, E], lse [B, N, T filled up])`, of `Call`'s arrays; out is float32 where they are pieces.
+
+  Args:
+    call: sizes, tiles, launch options.
+    logits: a pytree of arrays `[B|1, N|1, T|1, S|1, …]` with methods `coordinates` and `scores`.
+    visits: row by row.
+  """
+  batch, _, _, width = q.shape
+  value_width, (rows, columns), stages = v.shape[3], call.tiles, call.stages
+  warpgroups, tiles = rows // launch.WARPGROUP_ROWS, -(-call.queries // rows)
+  out_dtype = jnp.float32 if call.pieces > 1 else q.dtype
+  count = len(jax.tree.leaves(logits))
+
+  def kernel(q_ref, k_ref, v_ref, *refs, **scratch):
+    visit_refs, leaf_refs, (out_ref, lse_ref) = refs[:4], refs[4:4 + count], refs[4 + count:]
+    batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+    kv_head = lax.div(head, call.groups)
+    number, walk = launch.walk(visits, visit_refs, batch, kv_head, lax.axis_index("tile"))
+    memory = types.SimpleNamespace(**scratch)
+    keys = launch.Ring(memory.k_tiles, memory.k_full, memory.k_empty, stages)
+    values = launch.Ring(memory.v_tiles, memory.v_full, memory.v_empty, stages)
+
+    @pl.when(warpgroup == warpgroups)
+    def _():
+      plgpu.set_max_registers(launch.LOADER_REGISTERS[warpgroups], action="decrease")
+
+      @pl.loop(0, walk.count)
+      def _(n):
+        place = [(batch, pl.ds(walk.tile(n) * columns, columns), piece * call.kv_heads + kv_head) for piece in range(call.pieces)]
+        keys.load(n, [k_ref.at[x] for x in place])
+        values.load(n, [v_ref.at[x] for x in place])
+
+    @pl.when(warpgroup < warpgroups)
+    def _():
+      plgpu.set_max_registers(launch.COMPUTE_REGISTERS[warpgroups], action="increase")
+      row = number * rows + warpgroup * launch.WARPGROUP_ROWS
+      q_tile, q_loaded = memory.q.at[warpgroup], memory.q_loaded.at[warpgroup]
+      for piece in range(call.pieces):
+        plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, launch.WARPGROUP_ROWS), piece * call.heads + head], q_tile.at[piece],
+                                q_loaded)
+      plgpu.barrier_wait(q_loaded)
+
+      def weights(n, qk, m, total, masked):
+        """(m, total, shrink, P after dropout) with tile n."""
+        window = leaves.Window(batch, head, row, walk.tile(n) * columns, launch.WARPGROUP_ROWS, columns)
+        tiles = call.tiles_of(logits, leaf_refs, window)
+        s = call.scores(logits, tiles, window, qk, masked)
+        m, total, shrink, p = softmax.advance(m, total, s, call.rows, call.weight)
+        return m, total, shrink, call.drop(logits, tiles, p)
+
+      fill = lambda x: launch.in_layout(jnp.full((launch.WARPGROUP_ROWS,), x, jnp.float32), 1)
+      start = softmax.State(fill(-softmax.INF), fill(0.0), launch.in_layout(
+          jnp.zeros((launch.WARPGROUP_ROWS, value_width), jnp.float32)))
+      attend = _overlapped if call.overlapped else _in_turn
+      state = attend(call, Tiles(q_tile, keys, values, getattr(memory, "p", None), getattr(memory, "turn", None)), warpgroup, walk,
+                     weights, start)
+      out, lse = softmax.finish(state, call.rows, call.unit)
+      lse_ref.at[batch, head, pl.ds(row, launch.WARPGROUP_ROWS)][...] = lse
+      out_tile = memory.out.at[warpgroup] if "out" in scratch else q_tile.at[0]
+      out_tile[...] = out.astype(out_dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(out_tile, out_ref.at[batch, pl.ds(row, launch.WARPGROUP_ROWS), head])
+      plgpu.wait_smem_to_gmem(0)
+
+  outs = [jax.ShapeDtypeStruct((batch, call.queries, call.heads, value_width), out_dtype),
+          jax.ShapeDtypeStruct((batch, call.heads, tiles * rows), jnp.float32)]
+  matrix = functools.partial(launch.matrix, q.dtype)
+  full, empty = plgpu.Barrier(num_arrivals=call.pieces, num_barriers=stages), plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
+  scratch = dict(q=matrix(warpgroups, call.pieces, launch.WARPGROUP_ROWS, width), q_loaded=plgpu.Barrier(
+                     num_arrivals=call.pieces, num_barriers=warpgroups),
+                 k_tiles=matrix(stages, call.pieces, columns, width), k_full=full, k_empty=empty,
+                 v_tiles=matrix(stages, call.pieces, columns, value_width), v_full=full, v_empty=empty)
+  if out_dtype != q.dtype or value_width != width:
+    scratch["out"] = launch.matrix(out_dtype, warpgroups, launch.WARPGROUP_ROWS, value_width)
+  if not call.overlapped:
+    scratch["p"] = matrix(warpgroups, call.pieces, launch.WARPGROUP_ROWS, columns)
+  if call.turns:
+    scratch["turn"] = plgpu.Barrier(num_barriers=2)
+  grid = {"head": call.heads, "tile": tiles, "batch": batch}
+  ins = [q, k, v, *launch.flat(visits), *call.stored(logits, (rows, columns))]
+  return call.launch(kernel, "jflash_forward", grid, warpgroups, ins, outs, scratch)
+
+
+def _overlapped(call: launch.Call, tiles: Tiles, warpgroup: Any, walk: launch.Walk, weights: Any,
+                state: softmax.State) -> softmax.State:
+  """Adds all visits: Q Kᵀ of each tile and P V of the one before run together, and both beside the softmax."""
+  rows, columns = launch.WARPGROUP_ROWS, call.tiles[1]
+  zeros = launch.in_layout(jnp.zeros((rows, columns), jnp.float32))
+  narrow = lambda p: launch.pieces(p, call.pieces, tiles.q.dtype)
+
+  def first(state):
+    s = pl.run_scoped(lambda s_ref: _scores(call, tiles, 0, s_ref), plgpu.ACC((rows, columns), jnp.float32))
+    m, total, _, p = weights(0, s, state.m, state.total, call.masked)
+    return m, total, p
+
+  def step(n, carry, masked):
+    acc, m, total, p = carry
+    p = narrow(p)
+    tiles.keys.wait(n)
+    if tiles.turn is not None:
+      plgpu.barrier_wait(tiles.turn.at[warpgroup])
+
+    def products(refs):
+      acc_ref, s_ref, m_ref, total_ref, shrink_ref, p_ref = refs
+      for a, b in call.products:
+        plgpu.wgmma(s_ref, tiles.q.at[a], tiles.keys.tile(n, b).transpose((1, 0)))
+      tiles.values.wait(n - 1)
+      for a, b in call.products:
+        plgpu.wgmma(acc_ref, p[a], tiles.values.tile(n - 1, b))
+      if tiles.turn is not None:
+        plgpu.barrier_arrive(tiles.turn.at[1 - warpgroup])
+      s = plgpu.wgmma_accumulator_load(s_ref, wait_n=len(call.products))
+      tiles.keys.release(n)
+      m_ref[...], total_ref[...], shrink_ref[...], p_ref[...] = weights(n, s, m, total, masked)
+
+    acc, _, m, total, shrink, p = pl.run_state(products)(
+        (plgpu.ACC.init(acc), plgpu.ACC.init(zeros), m, total, jnp.zeros_like(m), jnp.zeros_like(zeros)))
+    tiles.values.release(n - 1)
+    # P becomes an operand again only after the product that read the last one has ended, or ptxas lets none overlap (C7513).
+    acc, p = lax.optimization_barrier((acc, p))
+    return acc * call.rows.spread(shrink, acc.shape[1]), m, total, p
+
+  def visit_all(state):
+    m, total, p = first(state)
+    carry = state.acc, m, total, p
+    if tiles.turn is not None:
+      pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(tiles.turn.at[0]))
+    full = 1
+    if call.masked:
+      full = jnp.maximum(walk.partial, 1)
+      carry = lax.fori_loop(1, full, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(full, walk.count, functools.partial(step, masked=False), carry)
+    if tiles.turn is not None:
+      pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(tiles.turn.at[0]))
+    acc, m, total, p = carry
+    p, last = narrow(p), walk.count - 1
+    tiles.values.wait(last)
+
+    def product(acc_ref):
+      for a, b in call.products:
+        plgpu.wgmma(acc_ref, p[a], tiles.values.tile(last, b))
+
+    return softmax.State(m, total, pl.run_state(product)(plgpu.ACC.init(acc)))
+
+  return lax.cond(walk.count > 0, visit_all, lambda state: state, state)
+
+
+def _in_turn(call: launch.Call, tiles: Tiles, warpgroup: Any, walk: launch.Walk, weights: Any,
+             state: softmax.State) -> softmax.State:
+  """Adds all visits, one product after the other, with P in shared memory."""
+  rows, columns = launch.WARPGROUP_ROWS, call.tiles[1]
+  p_tile = tiles.p.at[warpgroup]
+
+  def step(n, state, masked):
+    s = pl.run_scoped(lambda s_ref: _scores(call, tiles, n, s_ref), plgpu.ACC((rows, columns), jnp.float32))
+    m, total, shrink, p = weights(n, s, state.m, state.total, masked)
+    for piece, x in enumerate(launch.pieces(p, call.pieces, tiles.q.dtype)):
+      p_tile.at[piece][...] = x
+    plgpu.commit_smem()
+    tiles.values.wait(n)
+
+    def product(acc_ref):
+      for a, b in call.products:
+        plgpu.wgmma(acc_ref, p_tile.at[a], tiles.values.tile(n, b))
+      return acc_ref[...]
+
+    added = pl.run_scoped(product, plgpu.ACC(state.acc.shape, jnp.float32))
+    tiles.values.release(n)
+    return softmax.State(m, total, state.acc * call.rows.spread(shrink, state.acc.shape[1]) + added)
+
+  if call.masked:
+    state = lax.fori_loop(0, walk.partial, functools.partial(step, masked=True), state)
+  return lax.fori_loop(walk.partial if call.masked else 0, walk.count, functools.partial(step, masked=False), state)
+
+
+def _scores(call: launch.Call, tiles: Tiles, n: Any, s_ref: Any) -> Any:
+  """Q Kᵀ of tile n, awaited."""
+  tiles.keys.wait(n)
+  for a, b in call.products:
+    plgpu.wgmma(s_ref, tiles.q.at[a], tiles.keys.tile(n, b).transpose((1, 0)))
+  s = s_ref[...]
+  tiles.keys.release(n)
+  return s

@@ -1,0 +1,177 @@
+"""What the kernels for Hopper share: sizes, memory, the ring of tiles that one warpgroup loads for the others, scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .. import schedule, softmax
+from . import leaves, lookup
+
+WARPGROUP_ROWS = 64  # rows of a product of one warpgroup
+LOADER_REGISTERS, COMPUTE_REGISTERS = {1: 40, 2: 24, 3: 32}, {1: 240, 2: 240, 3: 160}  # by the number that compute
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One problem on one GPU: sizes, tiles and how to compute.
+
+  q `[B, T, P · N, H]`, k `[B, S, P · K, H]`, v `[B, S, P · K, E]`, bfloat16 or float16, H and E multiples of 64; P is 1, or 2
+  for float32, whose rounding errors follow as heads of their own.
+  """
+
+  queries: int
+  keys: int
+  heads: int  # N
+  kv_heads: int  # K
+  tiles: tuple[int, int]  # query rows and key columns of a thread block; rows are those of all its warpgroups
+  stages: int  # tiles that are loaded ahead
+  unit: float  # the scores of `logits` are to be multiplied by this
+  masked: bool  # whether there may be PARTIAL tiles
+  pieces: int  # P
+  overlapped: bool  # whether products run beside the softmax of another tile, with P in registers: what no interpreter does
+  turns: bool  # whether two warpgroups take turns at the tensor cores
+  interpret: Any
+
+  @property
+  def groups(self) -> int:
+    return self.heads // self.kv_heads
+
+  @property
+  def rows(self) -> softmax.Rows:
+    """Statistics are `[rows]`."""
+    return softmax.Rows(lambda s: jnp.max(s, axis=1), lambda s: jnp.sum(s, axis=1),
+                        lambda x, width: lax.broadcast_in_dim(x, (*x.shape, width), [0]))
+
+  @property
+  def weight(self) -> softmax.Weight:
+    return softmax.powers_of_two(self.unit)
+
+  @property
+  def products(self) -> list[tuple[int, int]]:
+    """Which pieces of two operands are multiplied; that of two rounding errors is left out."""
+    return [(0, 0)] if self.pieces == 1 else [(0, 0), (0, 1), (1, 0)]
+
+  def scores(self, logits: Any, tiles: Any, window: leaves.Window, qk: Any, masked: bool) -> Any:
+    """The scores of a window; what lies past the last query or key is masked."""
+    row, column = window.numbers()
+    inside = None
+    if masked and self.queries % self.tiles[0]:
+      inside = row < self.queries
+    if masked and self.keys % self.tiles[1]:
+      inside = (column < self.keys) if inside is None else inside & (column < self.keys)
+    logits = jax.tree.unflatten(jax.tree.structure(logits), tiles)
+    at = logits.coordinates(window.everywhere(window.batch), window.everywhere(window.head), row, column,
+                            lookup.interpreted if self.interpret else lookup.take)
+    return logits.scores(qk, at, masked, inside)
+
+  def tiles_of(self, logits: Any, refs: Any, window: leaves.Window) -> list[Any]:
+    return [leaves.tile(x, ref, window) for x, ref in zip(jax.tree.leaves(logits), refs)]
+
+  def drop(self, logits: Any, tiles: Any, x: Any) -> Any:
+    """Dropout of a window of weights, or of what multiplies them."""
+    return jax.tree.unflatten(jax.tree.structure(logits), tiles).drop(x)
+
+  def stored(self, logits: Any, sides: tuple[int, int], transposed: bool = False) -> list[Any]:
+    return [leaves.store(x, sides, transposed) for x in jax.tree.leaves(logits)]
+
+  def launch(self, kernel: Callable, name: str, grid: dict[str, int], warpgroups: int, ins: list[Any], outs: list[Any],
+             scratch: dict[str, Any]) -> Any:
+    """Runs `kernel(*ins, *outs, **scratch)` with one warpgroup more, which loads."""
+    def named(*refs, **kwargs):
+      kernel(*refs, **kwargs)
+    named.__name__ = name
+    return plgpu.kernel(
+        named, out_type=outs, grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=warpgroups + 1, thread_name="warpgroup",
+        scratch_types=scratch, compiler_params=plgpu.CompilerParams(approx_math=True), interpret=self.interpret or None)(*ins)
+
+
+class Residuals(NamedTuple):
+  """What the backward passes read: q, dout `[B, T, P · N, …]`, k, v `[B, S, P · K, …]`, lse and delta `[B, N, T]`, filled up."""
+
+  q: Any
+  k: Any
+  v: Any
+  dout: Any
+  lse: Any
+  delta: Any
+
+
+def matrix(dtype: Any, *shape: int) -> Any:
+  """Shared memory for tiles `[…, rows, columns]` that the tensor cores read."""
+  width = min(shape[-1] * jnp.dtype(dtype).itemsize, 128)
+  return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)),
+                                             plgpu.SwizzleTransform(width)))
+
+
+def in_layout(x: Any, axis: int | None = None) -> Any:
+  """Of a product's result `[rows, columns]`, or, given an axis, of that result reduced along it."""
+  return plgpu.layout_cast(x, leaves.WGMMA if axis is None else leaves.WGMMA.reduce(axis))
+
+
+class Ring(NamedTuple):
+  """Tiles that one warpgroup loads ahead of those that use them; the n-th lies in slot n mod `stages`."""
+
+  tiles: Any  # [stages, P, …] in shared memory
+  full: Any
+  empty: Any
+  stages: int
+
+  def slot(self, n: Any) -> Any:
+    return lax.rem(jnp.int32(n), jnp.int32(self.stages))
+
+  def load(self, n: Any, sources: list[Any]) -> None:
+    """Starts loading the pieces of tile n, as soon as its slot is free."""
+    slot = self.slot(n)
+    pl.when(n >= self.stages)(lambda: plgpu.barrier_wait(self.empty.at[slot]))
+    for piece, source in enumerate(sources):
+      plgpu.copy_gmem_to_smem(source, self.tiles.at[slot, piece], self.full.at[slot])
+
+  def wait(self, n: Any) -> None:
+    plgpu.barrier_wait(self.full.at[self.slot(n)])
+
+  def tile(self, n: Any, piece: int) -> Any:
+    return self.tiles.at[self.slot(n), piece]
+
+  def release(self, n: Any) -> None:
+    plgpu.barrier_arrive(self.empty.at[self.slot(n)])
+
+
+def pieces(x: Any, count: int, dtype: Any) -> list[Any]:
+  """`x` in a narrow dtype: rounded, and with `count` 2 what rounding took away."""
+  high = x.astype(dtype)
+  return [high] if count == 1 else [high, (x - high.astype(x.dtype)).astype(dtype)]
+
+
+class Walk(NamedTuple):
+  """The lists of visits in global memory, flat, and where those of one row of tiles are."""
+
+  tiles: Any
+  base: Any
+  start: Any
+  count: Any
+  partial: Any
+
+  def tile(self, n: Any) -> Any:
+    return self.tiles[self.base + self.start + n]
+
+
+def walk(visits: schedule.RowVisits, refs: Any, batch: Any, kv_head: Any, n: Any) -> tuple[Any, Walk]:
+  """The row of tiles that is the n-th longest, and its visits."""
+  tiles, starts, partial, order = refs
+  lists, (length, rows) = visits.tiles.shape[:2], (visits.tiles.shape[2], visits.partial.shape[2])
+  number = (batch * lists[1] if lists[0] > 1 else 0) + (kv_head if lists[1] > 1 else 0)
+  row = order[number * rows + n]
+  start = starts[number * (rows + 1) + row]
+  return row, Walk(tiles, number * length, start, starts[number * (rows + 1) + row + 1] - start, partial[number * rows + row])
+
+
+def flat(visits: schedule.RowVisits) -> list[Any]:
+  return [jnp.asarray(x).reshape(-1) for x in visits]
