@@ -3,6 +3,8 @@
 Needs JAX >= 0.11.2: older ones lack too much of Mosaic GPU.
 """
 
+from .backward import dkv as dkv
+from .backward import dq as dq
 from .forward import forward as forward
 from .launch import Call as Call
 from .launch import Residuals as Residuals

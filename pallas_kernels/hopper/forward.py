@@ -41,7 +41,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
   batch, _, _, width = q.shape
   value_width, (rows, columns), stages = v.shape[3], call.tiles, call.stages
   warpgroups, tiles = rows // launch.WARPGROUP_ROWS, -(-call.queries // rows)
-  out_dtype = jnp.float32 if call.pieces > 1 else q.dtype
+  out_dtype = jnp.float32 if call.pieces > 1 else call.dtype
   count = len(jax.tree.leaves(logits))
 
   def kernel(q_ref, k_ref, v_ref, *refs, **scratch):
@@ -56,12 +56,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
     @pl.when(warpgroup == warpgroups)
     def _():
       plgpu.set_max_registers(launch.LOADER_REGISTERS[warpgroups], action="decrease")
-
-      @pl.loop(0, walk.count)
-      def _(n):
-        place = [(batch, pl.ds(walk.tile(n) * columns, columns), piece * call.kv_heads + kv_head) for piece in range(call.pieces)]
-        keys.load(n, [k_ref.at[x] for x in place])
-        values.load(n, [v_ref.at[x] for x in place])
+      launch.load_keys(call, walk, batch, kv_head, (keys, k_ref), (values, v_ref))
 
     @pl.when(warpgroup < warpgroups)
     def _():
@@ -97,13 +92,11 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
 
   outs = [jax.ShapeDtypeStruct((batch, call.queries, call.heads, value_width), out_dtype),
           jax.ShapeDtypeStruct((batch, call.heads, tiles * rows), jnp.float32)]
-  matrix = functools.partial(launch.matrix, q.dtype)
-  full, empty = plgpu.Barrier(num_arrivals=call.pieces, num_barriers=stages), plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
-  scratch = dict(q=matrix(warpgroups, call.pieces, launch.WARPGROUP_ROWS, width), q_loaded=plgpu.Barrier(
-                     num_arrivals=call.pieces, num_barriers=warpgroups),
-                 k_tiles=matrix(stages, call.pieces, columns, width), k_full=full, k_empty=empty,
-                 v_tiles=matrix(stages, call.pieces, columns, value_width), v_full=full, v_empty=empty)
-  if out_dtype != q.dtype or value_width != width:
+  matrix = functools.partial(launch.matrix, call.dtype)
+  scratch = launch.rings(call, warpgroups, k=(columns, width), v=(columns, value_width)) | dict(
+      q=matrix(warpgroups, call.pieces, launch.WARPGROUP_ROWS, width),
+      q_loaded=plgpu.Barrier(num_arrivals=call.pieces, num_barriers=warpgroups))
+  if out_dtype != call.dtype or value_width != width:
     scratch["out"] = launch.matrix(out_dtype, warpgroups, launch.WARPGROUP_ROWS, value_width)
   if not call.overlapped:
     scratch["p"] = matrix(warpgroups, call.pieces, launch.WARPGROUP_ROWS, columns)
@@ -122,8 +115,7 @@ def _overlapped(call: launch.Call, tiles: Tiles, warpgroup: Any, walk: launch.Wa
   narrow = lambda p: launch.pieces(p, call.pieces, tiles.q.dtype)
 
   def first(state):
-    s = pl.run_scoped(lambda s_ref: _scores(call, tiles, 0, s_ref), plgpu.ACC((rows, columns), jnp.float32))
-    m, total, _, p = weights(0, s, state.m, state.total, call.masked)
+    m, total, _, p = weights(0, _scores(call, tiles, 0), state.m, state.total, call.masked)
     return m, total, p
 
   def step(n, carry, masked):
@@ -181,36 +173,22 @@ def _overlapped(call: launch.Call, tiles: Tiles, warpgroup: Any, walk: launch.Wa
 def _in_turn(call: launch.Call, tiles: Tiles, warpgroup: Any, walk: launch.Walk, weights: Any,
              state: softmax.State) -> softmax.State:
   """Adds all visits, one product after the other, with P in shared memory."""
-  rows, columns = launch.WARPGROUP_ROWS, call.tiles[1]
-  p_tile = tiles.p.at[warpgroup]
-
   def step(n, state, masked):
-    s = pl.run_scoped(lambda s_ref: _scores(call, tiles, n, s_ref), plgpu.ACC((rows, columns), jnp.float32))
+    s = _scores(call, tiles, n)
     m, total, shrink, p = weights(n, s, state.m, state.total, masked)
-    for piece, x in enumerate(launch.pieces(p, call.pieces, tiles.q.dtype)):
-      p_tile.at[piece][...] = x
-    plgpu.commit_smem()
     tiles.values.wait(n)
-
-    def product(acc_ref):
-      for a, b in call.products:
-        plgpu.wgmma(acc_ref, p_tile.at[a], tiles.values.tile(n, b))
-      return acc_ref[...]
-
-    added = pl.run_scoped(product, plgpu.ACC(state.acc.shape, jnp.float32))
+    acc, = launch.accumulate(call, [state.acc * call.rows.spread(shrink, state.acc.shape[1])], [p],
+                             [lambda b: tiles.values.tile(n, b)], [tiles.p.at[warpgroup]])
     tiles.values.release(n)
-    return softmax.State(m, total, state.acc * call.rows.spread(shrink, state.acc.shape[1]) + added)
+    return softmax.State(m, total, acc)
 
-  if call.masked:
-    state = lax.fori_loop(0, walk.partial, functools.partial(step, masked=True), state)
-  return lax.fori_loop(walk.partial if call.masked else 0, walk.count, functools.partial(step, masked=False), state)
+  return launch.visit_all(call, walk, step, state)
 
 
-def _scores(call: launch.Call, tiles: Tiles, n: Any, s_ref: Any) -> Any:
+def _scores(call: launch.Call, tiles: Tiles, n: Any) -> Any:
   """Q Kᵀ of tile n, awaited."""
   tiles.keys.wait(n)
-  for a, b in call.products:
-    plgpu.wgmma(s_ref, tiles.q.at[a], tiles.keys.tile(n, b).transpose((1, 0)))
-  s = s_ref[...]
+  s = launch.product(call, lambda a, b: (tiles.q.at[a], tiles.keys.tile(n, b).transpose((1, 0))),
+                     plgpu.ACC((launch.WARPGROUP_ROWS, call.tiles[1]), jnp.float32))
   tiles.keys.release(n)
   return s

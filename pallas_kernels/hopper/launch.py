@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ class Call:
   keys: int
   heads: int  # N
   kv_heads: int  # K
-  tiles: tuple[int, int]  # query rows and key columns of a thread block; rows are those of all its warpgroups
+  dtype: Any  # of the operands
+  tiles: tuple[int, int]  # query rows, key columns; warpgroups share out the side that a thread block keeps
   stages: int  # tiles that are loaded ahead
   unit: float  # the scores of `logits` are to be multiplied by this
   masked: bool  # whether there may be PARTIAL tiles
@@ -127,12 +129,14 @@ class Ring(NamedTuple):
   def slot(self, n: Any) -> Any:
     return lax.rem(jnp.int32(n), jnp.int32(self.stages))
 
-  def load(self, n: Any, sources: list[Any]) -> None:
-    """Starts loading the pieces of tile n, as soon as its slot is free."""
+  def load(self, n: Any, sources: list[Any], *others: tuple[Any, Any]) -> None:
+    """Starts loading the pieces of tile n, as soon as its slot is free; `others` are (source, slots) that go with them."""
     slot = self.slot(n)
     pl.when(n >= self.stages)(lambda: plgpu.barrier_wait(self.empty.at[slot]))
     for piece, source in enumerate(sources):
       plgpu.copy_gmem_to_smem(source, self.tiles.at[slot, piece], self.full.at[slot])
+    for source, slots in others:
+      plgpu.copy_gmem_to_smem(source, slots.at[slot], self.full.at[slot])
 
   def wait(self, n: Any) -> None:
     plgpu.barrier_wait(self.full.at[self.slot(n)])
@@ -148,6 +152,63 @@ def pieces(x: Any, count: int, dtype: Any) -> list[Any]:
   """`x` in a narrow dtype: rounded, and with `count` 2 what rounding took away."""
   high = x.astype(dtype)
   return [high] if count == 1 else [high, (x - high.astype(x.dtype)).astype(dtype)]
+
+
+def product(call: Call, operands: Callable, acc: Any) -> Any:
+  """The sum of `operands(a, b)`'s products over the pieces, awaited."""
+  def run(ref):
+    for pair in call.products:
+      plgpu.wgmma(ref, *operands(*pair))
+    return ref[...]
+  return pl.run_scoped(run, acc)
+
+
+def accumulate(call: Call, accs: list[Any], lefts: list[Any], rights: list[Callable], written: list[Any]) -> list[Any]:
+  """`acc + left right` for several sums at once; the left sides are in registers, and go through `written` if need be."""
+  dtype = call.dtype
+  lefts = [pieces(x, call.pieces, dtype) for x in lefts]
+  if not call.overlapped:
+    for tile, left in zip(written, lefts):
+      for piece, x in enumerate(left):
+        tile.at[piece][...] = x
+    plgpu.commit_smem()
+    return [acc + product(call, lambda a, b: (tile.at[a], right(b)), plgpu.ACC(acc.shape, jnp.float32))
+            for acc, tile, right in zip(accs, written, rights)]
+
+  def run(refs):
+    for ref, left, right in zip(refs, lefts, rights):
+      for a, b in call.products:
+        plgpu.wgmma(ref, left[a], right(b))
+
+  return pl.run_state(run)([plgpu.ACC.init(acc) for acc in accs])
+
+
+def rings(call: Call, warpgroups: int, extra: int = 0, **shapes: tuple[int, int]) -> dict[str, Any]:
+  """Shared memory and barriers of rings, by name; `extra` copies arrive with the pieces of each tile."""
+  full = plgpu.Barrier(num_arrivals=call.pieces + extra, num_barriers=call.stages)
+  empty = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=call.stages)
+  scratch = {}
+  for name, shape in shapes.items():
+    scratch |= {f"{name}_tiles": matrix(call.dtype, call.stages, call.pieces, *shape), f"{name}_full": full, f"{name}_empty": empty}
+  return scratch
+
+
+def load_keys(call: Call, walk: Walk, batch: Any, kv_head: Any, *pairs: tuple[Ring, Any]) -> None:
+  """Fills rings with tiles of arrays `[B, S, P · K, …]`, visit after visit."""
+  columns = call.tiles[1]
+
+  @pl.loop(0, walk.count)
+  def _(n):
+    for ring, ref in pairs:
+      ring.load(n, [ref.at[batch, pl.ds(walk.tile(n) * columns, columns), piece * call.kv_heads + kv_head]
+                    for piece in range(call.pieces)])
+
+
+def visit_all(call: Call, walk: Walk, step: Callable, carry: Any) -> Any:
+  """`carry = step(n, carry, masked)` for all visits."""
+  if call.masked:
+    carry = lax.fori_loop(0, walk.partial, functools.partial(step, masked=True), carry)
+  return lax.fori_loop(walk.partial if call.masked else 0, walk.count, functools.partial(step, masked=False), carry)
 
 
 class Walk(NamedTuple):
