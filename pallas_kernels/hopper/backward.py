@@ -31,8 +31,11 @@ class TileGradients(NamedTuple):
 
 
 def tile_gradients(call: launch.Call, logits: Any, tiles: list[Any], window: leaves.Window, masked: bool, wanted: tuple[int, ...],
-                   qk: Any, lse: Any, delta: Any, dp: Any) -> TileGradients:
-  """From the products q kᵀ and `dp()`, dO Vᵀ, and the statistics of the rows (lse in the unit of the scores), all spread."""
+                   qk: Any, lse: Any, dp: Any, delta: Any) -> TileGradients:
+  """From q kᵀ, `dp()`, which is dO Vᵀ, less δ unless there is dropout, and `lse()` (in the unit of the scores) and `delta()`.
+
+  Functions are called where they are needed, and not before: a thread has few registers.
+  """
   def scores(qk, given):
     filled = list(tiles)
     for number, x in zip(wanted, given):
@@ -41,12 +44,9 @@ def tile_gradients(call: launch.Call, logits: Any, tiles: list[Any], window: lea
 
   given = [x if jnp.ndim(x) else window.everywhere(x) for x in (tiles[n] for n in wanted)]
   s, pull = jax.vjp(scores, qk, given)
-  p = softmax.probabilities(s, lse, call.weight)
+  p = softmax.probabilities(s, lse(), call.weight)
   drop = functools.partial(call.drop, logits, tiles)
-  ds = softmax.dscores(p, drop(dp()), delta)
-  if masked:  # statistics of rows past the last query hold anything
-    hide = lambda x: jnp.where(s == -jnp.inf, 0.0, x)
-    p, ds = hide(p), hide(ds)
+  ds = softmax.dscores(p, drop(dp()), delta()) if call.dropped else softmax.dscores(p, dp(), 0.0)
   dqk, dleaves = pull(ds)
   return TileGradients(p, dqk, tuple(dleaves), drop)
 
@@ -75,30 +75,30 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
 
     @pl.when(warpgroup == warpgroups)
     def _():
-      plgpu.set_max_registers(launch.LOADER_REGISTERS[warpgroups], action="decrease")
+      launch.share_registers(warpgroups, loads=True)
       launch.load_keys(call, walk, batch, kv_head, (keys, k_ref), (values, v_ref))
 
     @pl.when(warpgroup < warpgroups)
     def _():
-      plgpu.set_max_registers(launch.COMPUTE_REGISTERS[warpgroups], action="increase")
+      launch.share_registers(warpgroups, loads=False)
       row = number * rows + warpgroup * height
       mine = pl.ds(row, height)
       q_tile, dout_tile, loaded = memory.q.at[warpgroup], memory.dout.at[warpgroup], memory.loaded.at[warpgroup]
       for piece in range(call.pieces):
         for source, tile in ((q_ref, q_tile), (dout_ref, dout_tile)):
           plgpu.copy_gmem_to_smem(source.at[batch, mine, piece * call.heads + head], tile.at[piece], loaded)
-      statistic = lambda ref: plgpu.load(ref.at[batch, head, mine], layout=leaves.WGMMA.reduce(1), optimized=False)
-      lse, delta = statistic(lse_ref), statistic(delta_ref)
+      lse, delta = (plgpu.load(ref.at[batch, head, mine], layout=leaves.WGMMA.reduce(1), optimized=False)
+                    for ref in (lse_ref, delta_ref))
+      lse, delta = (functools.partial(lax.broadcast_in_dim, x, (height, columns), [0]) for x in (lse, delta))
       plgpu.barrier_wait(loaded)
 
       def gradients(n, qk, dp, sums, masked):
         """(d(q·k), sums over keys) of tile n."""
         window = leaves.Window(batch, head, row, walk.tile(n) * columns, height, columns)
-        got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, masked, wanted, qk,
-                             window.along_rows(lse), window.along_rows(delta), dp)
+        got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, masked, wanted, qk, lse, dp, delta)
         return got.dqk, tuple(total + call.rows.sum(x) for total, x in zip(sums, got.dleaves))
 
-      step = functools.partial(_dq_step, call, gradients, q_tile, dout_tile, keys, values,
+      step = functools.partial(_dq_step, call, gradients, delta, q_tile, dout_tile, keys, values,
                                memory.ds.at[warpgroup] if "ds" in scratch else None)
       acc = launch.in_layout(jnp.zeros((height, width), jnp.float32))
       sums = tuple(launch.in_layout(jnp.zeros((height,), jnp.float32), 1) for _ in wanted)
@@ -127,32 +127,35 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
   return dq, dleaves
 
 
-def _dq_step(call, gradients, q_tile, dout_tile, keys, values, ds_tile, n, carry, masked):
+def _dq_step(call, gradients, delta, q_tile, dout_tile, keys, values, ds_tile, n, carry, masked):
   """Adds tile n; dS is an operand from registers, or from shared memory at `ds_tile`."""
   acc, sums = carry
   keys.wait(n)
   ds, sums = _two_products(
       call, lambda a, b: (q_tile.at[a], keys.tile(n, b).transpose((1, 0))),
-      lambda a, b: (dout_tile.at[a], values.tile(n, b).transpose((1, 0))), lambda: values.wait(n), lambda: values.release(n),
+      lambda a, b: (dout_tile.at[a], values.tile(n, b).transpose((1, 0))), lambda: values.wait(n), lambda: values.release(n), delta,
       lambda s, dp: gradients(n, s, dp, sums, masked), (launch.WARPGROUP_ROWS, call.tiles[1]))
   acc, = launch.accumulate(call, [acc], [ds], [lambda b: keys.tile(n, b)], [ds_tile])
   keys.release(n)
   return acc, sums
 
 
-def _two_products(call: launch.Call, first: Any, second: Any, wait: Any, release: Any, use: Any, shape: tuple[int, int]) -> Any:
-  """`use(s, dp)` of two products of tiles; the second may still run until `dp()` is called."""
+def _two_products(call: launch.Call, first: Any, second: Any, wait: Any, release: Any, start: Any, use: Any,
+                  shape: tuple[int, int]) -> Any:
+  """`use(s, dp)` of two products of tiles; the second comes less `start()`, and may still run until `dp()` is called."""
   acc = plgpu.ACC(shape, jnp.float32)
   if not call.overlapped:
     s = launch.product(call, first, acc)
     wait()
     dp = launch.product(call, second, acc)
     release()
-    return use(s, lambda: dp)
+    return use(s, lambda: dp if call.dropped else dp - start())
 
   def products(s_ref, dp_ref):
     for pair in call.products:
       plgpu.wgmma(s_ref, *first(*pair))
+    if not call.dropped:
+      dp_ref[...] = -start()
     wait()
     for pair in call.products:
       plgpu.wgmma(dp_ref, *second(*pair))
@@ -185,7 +188,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
   warpgroups, tiles = columns // launch.WARPGROUP_ROWS, -(-call.keys // columns)
   out_dtype = jnp.float32 if call.pieces > 1 else dtype
   count, height, groups = len(jax.tree.leaves(logits)), launch.WARPGROUP_ROWS, call.groups
-  widths = [w for w, asked in zip((width, value_width), of) if asked]
+  widths, units = zip(*(x for x, asked in zip(((width, call.unit), (value_width, 1.0)), of) if asked))
 
   def kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, **scratch):
     visit_refs, leaf_refs, refs = refs[:4], refs[4:4 + count], refs[4 + count:]
@@ -198,7 +201,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
 
     @pl.when(warpgroup == warpgroups)
     def _():
-      plgpu.set_max_registers(launch.LOADER_REGISTERS[warpgroups], action="decrease")
+      launch.share_registers(warpgroups, loads=True)
 
       @pl.loop(0, walk.count * groups)
       def _(n):
@@ -210,28 +213,32 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
 
     @pl.when(warpgroup < warpgroups)
     def _():
-      plgpu.set_max_registers(launch.COMPUTE_REGISTERS[warpgroups], action="increase")
+      launch.share_registers(warpgroups, loads=False)
       column = number * columns + warpgroup * height
       mine = pl.ds(column, height)
-      k_tile, v_tile, loaded = memory.k.at[warpgroup], memory.v.at[warpgroup], memory.loaded.at[warpgroup]
-      for piece in range(call.pieces):
-        for source, tile in ((k_ref, k_tile), (v_ref, v_tile)):
+      k_tile, loaded = memory.k.at[warpgroup], memory.loaded.at[warpgroup]
+      v_tile = memory.v.at[warpgroup] if of[0] else None
+      for source, tile in ((k_ref, k_tile), (v_ref, v_tile)):
+        for piece in range(call.pieces if tile is not None else 0):
           plgpu.copy_gmem_to_smem(source.at[batch, mine, piece * call.kv_heads + kv_head], tile.at[piece], loaded)
       plgpu.barrier_wait(loaded)
 
       def of_group(g, accs):
         head = kv_head * groups + g
 
+        def statistic(ref, n):
+          slot = queries.slot(g * walk.count + n)
+          load = lambda: plgpu.load(ref.at[slot], layout=leaves.WGMMA.reduce(0))
+          return lambda: lax.broadcast_in_dim(load(), (height, rows), [1])
+
         def gradients(n, qk, dp, sums, masked):
           """(Pᵀ after dropout, d(q·k)ᵀ, sums over queries) of tile n of this head."""
           window = leaves.Window(batch, head, walk.tile(n) * rows, column, rows, height, transposed=True)
-          slot = queries.slot(g * walk.count + n)
-          statistic = lambda ref: window.along_rows(plgpu.load(ref.at[slot], layout=leaves.WGMMA.reduce(0)))
           got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, masked, wanted, qk,
-                               statistic(memory.lse), statistic(memory.delta), dp)
+                               statistic(memory.lse, n), dp, statistic(memory.delta, n))
           return got.drop(got.p), got.dqk, tuple(total + call.rows.sum(x) for total, x in zip(sums, got.dleaves))
 
-        step = functools.partial(_dkv_step, call, of, gradients, k_tile, v_tile, queries, douts, g * walk.count,
+        step = functools.partial(_dkv_step, call, of, gradients, functools.partial(statistic, memory.delta), k_tile, v_tile, queries, douts, g * walk.count,
                                  [memory.ds.at[warpgroup], memory.p.at[warpgroup]] if "p" in scratch else [None, None])
         sums = tuple(launch.in_layout(jnp.zeros((height,), jnp.float32), 1) for _ in wanted)
         accs, sums = launch.visit_all(call, walk, step, (accs, sums))
@@ -241,12 +248,11 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
 
       accs = tuple(launch.in_layout(jnp.zeros((height, w), jnp.float32)) for w in widths)
       accs = lax.fori_loop(0, groups, of_group, accs) if groups > 1 else of_group(0, accs)
-      places = [tile for tile, asked in zip((k_tile, v_tile), of) if asked]
-      outs = [memory.out.at[warpgroup, 0, :, pl.ds(0, w)] if "out" in scratch else tile.at[0] for tile, w in zip(places, widths)]
-      for acc, out_tile, ref, unit in zip(accs, outs, grad_refs, [u for u, asked in zip((call.unit, 1.0), of) if asked]):
+      for which, (acc, unit) in enumerate(zip(accs, units)):
+        out_tile = memory.out.at[warpgroup, :, pl.ds(0, acc.shape[1])] if "out" in scratch else k_tile.at[0]
         out_tile[...] = (acc * unit).astype(out_dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_tile, ref.at[batch, mine, kv_head])
+        plgpu.copy_smem_to_gmem(out_tile, grad_refs[which].at[batch, mine, kv_head])
         plgpu.wait_smem_to_gmem(0)
 
   outs = [*(jax.ShapeDtypeStruct((batch, call.keys, call.kv_heads, w), out_dtype) for w in widths),
@@ -254,10 +260,12 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
   matrix = functools.partial(launch.matrix, dtype)
   scratch = launch.rings(call, warpgroups, 1, q=(rows, width), dout=(rows, value_width)) | dict(
       lse=plgpu.SMEM((stages, rows), jnp.float32), delta=plgpu.SMEM((stages, rows), jnp.float32),
-      k=matrix(warpgroups, call.pieces, height, width), v=matrix(warpgroups, call.pieces, height, value_width),
-      loaded=plgpu.Barrier(num_arrivals=2 * call.pieces, num_barriers=warpgroups))
-  if out_dtype != dtype:
-    scratch["out"] = launch.matrix(out_dtype, warpgroups, 1, height, max(widths))
+      k=matrix(warpgroups, call.pieces, height, width),
+      loaded=plgpu.Barrier(num_arrivals=(1 + of[0]) * call.pieces, num_barriers=warpgroups))
+  if out_dtype != dtype or {*widths} != {width}:
+    scratch["out"] = launch.matrix(out_dtype, warpgroups, height, max(widths))
+  if of[0]:
+    scratch["v"] = matrix(warpgroups, call.pieces, height, value_width)
   if not call.overlapped:
     scratch |= dict(p=matrix(warpgroups, call.pieces, height, rows), ds=matrix(warpgroups, call.pieces, height, rows))
   grid = {"head": call.kv_heads, "tile": tiles, "batch": batch}
@@ -266,7 +274,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
   return results[:len(widths)], results[len(widths):]
 
 
-def _dkv_step(call, of, gradients, k_tile, v_tile, queries, douts, before, written, n, carry, masked):
+def _dkv_step(call, of, gradients, delta, k_tile, v_tile, queries, douts, before, written, n, carry, masked):
   """Adds tile n, number `before` + n of all; dSᵀ and Pᵀ are operands from registers, or from shared memory at `written`."""
   accs, sums = carry
   at = before + n
@@ -276,7 +284,7 @@ def _dkv_step(call, of, gradients, k_tile, v_tile, queries, douts, before, writt
   if of[0]:
     p, ds, sums = _two_products(
         call, scores, lambda a, b: (v_tile.at[a], douts.tile(at, b).transpose((1, 0))), lambda: douts.wait(at), lambda: None,
-        lambda s, dp: gradients(n, s, dp, sums, masked), shape)
+        delta(n), lambda s, dp: gradients(n, s, dp, sums, masked), shape)
   else:
     s = launch.product(call, scores, plgpu.ACC(shape, jnp.float32))
     p, ds, sums = gradients(n, s, lambda: jnp.zeros_like(s), sums, masked)

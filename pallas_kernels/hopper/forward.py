@@ -55,12 +55,12 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
 
     @pl.when(warpgroup == warpgroups)
     def _():
-      plgpu.set_max_registers(launch.LOADER_REGISTERS[warpgroups], action="decrease")
+      launch.share_registers(warpgroups, loads=True)
       launch.load_keys(call, walk, batch, kv_head, (keys, k_ref), (values, v_ref))
 
     @pl.when(warpgroup < warpgroups)
     def _():
-      plgpu.set_max_registers(launch.COMPUTE_REGISTERS[warpgroups], action="increase")
+      launch.share_registers(warpgroups, loads=False)
       row = number * rows + warpgroup * launch.WARPGROUP_ROWS
       q_tile, q_loaded = memory.q.at[warpgroup], memory.q_loaded.at[warpgroup]
       for piece in range(call.pieces):

@@ -17,7 +17,7 @@ from .. import schedule, softmax
 from . import leaves, lookup
 
 WARPGROUP_ROWS = 64  # rows of a product of one warpgroup
-LOADER_REGISTERS, COMPUTE_REGISTERS = {1: 40, 2: 24, 3: 32}, {1: 240, 2: 240, 3: 160}  # by the number that compute
+_LOADER_REGISTERS, _COMPUTE_REGISTERS = {2: 24, 3: 32}, {2: 240, 3: 160}  # of a thread, by how many warpgroups compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Call:
   stages: int  # tiles that are loaded ahead
   unit: float  # the scores of `logits` are to be multiplied by this
   masked: bool  # whether there may be PARTIAL tiles
+  dropped: bool  # whether `logits` drop weights
   pieces: int  # P
   overlapped: bool  # whether products run beside the softmax of another tile, with P in registers: what no interpreter does
   turns: bool  # whether two warpgroups take turns at the tensor cores
@@ -63,7 +64,7 @@ class Call:
 
   def scores(self, logits: Any, tiles: Any, window: leaves.Window, qk: Any, masked: bool) -> Any:
     """The scores of a window; what lies past the last query or key is masked."""
-    row, column = window.numbers()
+    row, column = window.numbers(bool(self.interpret))
     inside = None
     if masked and self.queries % self.tiles[0]:
       inside = row < self.queries
@@ -106,9 +107,16 @@ class Residuals(NamedTuple):
   delta: Any
 
 
+def share_registers(warpgroups: int, loads: bool) -> None:
+  """Gives those that compute what the one that loads does not need; a single one has all that it can name anyway."""
+  if warpgroups > 1:
+    number, action = (_LOADER_REGISTERS, "decrease") if loads else (_COMPUTE_REGISTERS, "increase")
+    plgpu.set_max_registers(number[warpgroups], action=action)
+
+
 def matrix(dtype: Any, *shape: int) -> Any:
   """Shared memory for tiles `[…, rows, columns]` that the tensor cores read."""
-  width = min(shape[-1] * jnp.dtype(dtype).itemsize, 128)
+  width = min(128, *(n * jnp.dtype(dtype).itemsize for n in shape[-2:]))
   return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)),
                                              plgpu.SwizzleTransform(width)))
 
