@@ -41,7 +41,11 @@ def _no_tpu() -> str | None:
           "interpreter")
 
 
-_BACKENDS = (Backend("tpu", "._tpu", _no_tpu, _plan.plan_tpu), Backend("xla", "._xla", lambda: None, _plan.plan_xla))
+def _no_hopper() -> str | None:
+  return None if _plan.platform() == "gpu" or _plan.interpreting() else "no"
+
+
+_BACKENDS = (Backend("tpu", "._tpu", _no_tpu, _plan.plan_tpu), Backend("mosaic_gpu", "._mosaic_gpu", _no_hopper, _plan.plan_mosaic_gpu), Backend("xla", "._xla", lambda: None, _plan.plan_xla))
 NAMES = tuple(backend.name for backend in _BACKENDS)  # in the order in which they are asked
 
 
@@ -70,6 +74,8 @@ def select(problem: Problem, implementation: str | None) -> tuple[Backend, dict[
   for backend in _BACKENDS:
     if chosen is not None:
       passed[backend.name] = f"{chosen.name!r} comes first here"
+    elif backend.name == "mosaic_gpu" and _plan.platform() != "gpu":
+      passed[backend.name] = "x"
     elif backend.name == "tpu" and _plan.platform() != "tpu" and _plan.interpreting():
       passed[backend.name] = "it would run in the Pallas interpreter, which is for tests; name it to do so"
     elif reason := backend.reason_against(problem):

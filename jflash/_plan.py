@@ -15,7 +15,7 @@ import numpy as np
 
 from pallas_kernels import products, schedule
 
-from . import masks
+from . import _tiles_gpu, masks
 from ._mask import parts
 from ._problem import Problem
 from ._program import is_program
@@ -35,6 +35,16 @@ class Schedule(NamedTuple):
   kinds: Any  # EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, T tiles, S tiles]`
 
 
+class LaunchSchedule(NamedTuple):
+  """The same for kernels that have tiles of their own each, "mosaic_gpu"."""
+
+  forward: schedule.RowVisits
+  dq: schedule.RowVisits
+  dkv: schedule.RowVisits  # of columns
+  kinds: Any  # for the forward kernel's tiles
+  dq_kinds: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """Static choices; hashable, so that compiled functions are kept by it."""
@@ -43,7 +53,8 @@ class Plan:
   chunk: tuple[int, int]  # batch elements and kv heads that "xla" computes at a time
   widen: bool  # whether "xla" converts tiles to float32 before it multiplies them
   interpret: Any  # False, True, or Pallas' interpreter parameters
-  kinds: tuple[int, ...] = (schedule.PARTIAL, schedule.FULL)  # of tiles that "xla" has to be ready for, besides EMPTY
+  kinds: tuple[int, ...] = (schedule.PARTIAL, schedule.FULL)  # of tiles that have to be reckoned with, besides EMPTY
+  launches: _tiles_gpu.Launches | None = None  # of "mosaic_gpu"
 
 
 @contextlib.contextmanager
@@ -122,6 +133,12 @@ def plan_tpu(problem: Problem) -> Plan:
   return Plan(tiles, (1, 1), False, interpreting())
 
 
+def plan_mosaic_gpu(problem: Problem) -> Plan:
+  """Each kernel's tiles by the width of the heads and by what the scores are made of."""
+  launches = _tiles_gpu.launches(problem, _forced_tiles.get())
+  return Plan(launches.forward.tiles, (1, 1), False, interpreting(), launches=launches)
+
+
 def finest_blocks(backend: str, queries: int, keys: int) -> int:
   """Rows and columns of the smallest blocks worth skipping one by one: 128, or more where a chip's lists would grow too long."""
   side = 128
@@ -130,14 +147,14 @@ def finest_blocks(backend: str, queries: int, keys: int) -> int:
   return side
 
 
-def make_schedule(problem: Problem, plan: Plan) -> Schedule:
+def make_schedule(problem: Problem, plan: Plan) -> Schedule | LaunchSchedule:
   """The visits of both passes; a tile at the ragged end is partial, and query heads that share a kv head share a list."""
   if any(isinstance(x, jax.Array) for x in mask_arrays(problem)):  # one compiled function rather than many small operations
     return _schedule_on_device(problem, plan)
   return _schedule(problem, plan)
 
 
-def settle(plan: Plan, visits: Schedule) -> Plan:
+def settle(plan: Plan, visits: Schedule | LaunchSchedule) -> Plan:
   """The plan without the kinds of tiles that are known not to occur: code that is not compiled."""
   if not isinstance(visits.kinds, np.ndarray):
     return plan
@@ -145,25 +162,33 @@ def settle(plan: Plan, visits: Schedule) -> Plan:
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _schedule_on_device(problem: Problem, plan: Plan) -> Schedule:
+def _schedule_on_device(problem: Problem, plan: Plan) -> Schedule | LaunchSchedule:
   return _schedule(problem, plan)
 
 
-def _schedule(problem: Problem, plan: Plan) -> Schedule:
-  some, every = tile_table(problem, plan)
-  if some.shape[1] > 1:
-    group = lambda x: x.reshape(x.shape[0], problem.kv_heads, problem.groups, *x.shape[2:])
-    some, every = group(some).any(axis=2), group(every).all(axis=2)
-  inside = [np.arange(1, count + 1) * tile <= size
-            for size, tile, count in zip((problem.queries, problem.keys), plan.tiles, some.shape[2:])]
-  every = every & (inside[0][:, None] & inside[1][None, :])
-  kinds = schedule.kinds(some, every)
+def _schedule(problem: Problem, plan: Plan) -> Schedule | LaunchSchedule:
+  if plan.launches is not None:
+    forward, dq, dkv = (_kinds(problem, launch.tiles) for launch in (plan.launches.forward, plan.launches.dq, plan.launches.dkv))
+    visits = schedule.row_visits
+    return LaunchSchedule(visits(forward), visits(dq), visits(dkv.swapaxes(-1, -2)), forward, dq)
+  kinds = _kinds(problem, plan.tiles)
   rows, columns = kinds.shape[2:]
   most = _most_in_a_row(problem, plan, columns)
   if not isinstance(kinds, np.ndarray) and most < columns:
     kinds = schedule.first(kinds, most)
   # Columns: the same visits, and one for each column that has none.
   return Schedule(schedule.visits(kinds, rows * most), schedule.visits(kinds.swapaxes(-1, -2), rows * most + columns), kinds)
+
+
+def _kinds(problem: Problem, tiles: tuple[int, int]) -> Any:
+  """EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, T tiles, S tiles]`."""
+  some, every = problem.logits.table(problem.queries, problem.keys, tiles)
+  if some.shape[1] > 1:
+    group = lambda x: x.reshape(x.shape[0], problem.kv_heads, problem.groups, *x.shape[2:])
+    some, every = group(some).any(axis=2), group(every).all(axis=2)
+  inside = [np.arange(1, count + 1) * tile <= size
+            for size, tile, count in zip((problem.queries, problem.keys), tiles, some.shape[2:])]
+  return schedule.kinds(some, every & (inside[0][:, None] & inside[1][None, :]))
 
 
 def _most_in_a_row(problem: Problem, plan: Plan, columns: int) -> int:

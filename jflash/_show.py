@@ -139,16 +139,8 @@ def show(mask: Any, queries: int, keys: int, *, tiles: int | tuple[int, int] = (
 def tile_kinds(problem: Problem, plan: _plan.Plan) -> np.ndarray | None:
   """The schedule as EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, query tiles, key tiles]`; None if traced."""
   values = jax.tree.map(lambda x: np.asarray(x) if _has_value(x) else x, problem.logits)
-  visits = _plan.make_schedule(dataclasses.replace(problem, logits=values), plan).rows
-  if not _has_value(visits.codes):
-    return None
-  codes = np.asarray(visits.codes)  # [B|1, K|1, visits]
-  shape = [-(-size // tile) for size, tile in zip((problem.queries, problem.keys), plan.tiles)]
-  table = np.full((*codes.shape[:2], *shape), schedule.EMPTY, np.int8)
-  batch, head, number = np.nonzero(schedule.kind(codes) != schedule.EMPTY)  # what is left over repeats a tile as EMPTY
-  codes = codes[batch, head, number]
-  table[batch, head, schedule.outer(codes), schedule.inner(codes)] = schedule.kind(codes)
-  return table
+  kinds = _plan.make_schedule(dataclasses.replace(problem, logits=values), plan).kinds
+  return np.asarray(kinds).astype(np.int8) if _has_value(kinds) else None
 
 
 def _has_value(x: Any) -> bool:

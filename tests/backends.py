@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 
+import jax
+
 import jflash
 from jflash import _plan
 
-TILES = {"xla": (48, 80), "tpu": (128, 128)}  # query rows, key columns; kernels want multiples of 128
+TILES = {"xla": (48, 80), "tpu": (128, 128), "mosaic_gpu": (64, 64)}  # query rows, key columns; kernels want multiples of 128
 BACKENDS = list(TILES)
 
 
@@ -20,6 +22,8 @@ def using(backend: str, tiles: tuple[int, int] | None = None):
   with _plan.force_tiles(*(tiles or TILES[backend])), contextlib.ExitStack() as stack:
     if backend != "xla":
       stack.enter_context(jflash.interpret())
+    if backend == "mosaic_gpu":
+      stack.enter_context(jax.default_matmul_precision("highest"))
     yield
 
 

@@ -8,3 +8,4 @@ from .backward import dq as dq
 from .forward import forward as forward
 from .launch import Call as Call
 from .launch import Residuals as Residuals
+from .tile_gradient import tile_gradient as tile_gradient

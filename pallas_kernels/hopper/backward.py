@@ -131,7 +131,7 @@ def _dq_step(call, gradients, delta, q_tile, dout_tile, keys, values, ds_tile, n
   """Adds tile n; dS is an operand from registers, or from shared memory at `ds_tile`."""
   acc, sums = carry
   keys.wait(n)
-  ds, sums = _two_products(
+  ds, sums = two_products(
       call, lambda a, b: (q_tile.at[a], keys.tile(n, b).transpose((1, 0))),
       lambda a, b: (dout_tile.at[a], values.tile(n, b).transpose((1, 0))), lambda: values.wait(n), lambda: values.release(n), delta,
       lambda s, dp: gradients(n, s, dp, sums, masked), (launch.WARPGROUP_ROWS, call.tiles[1]))
@@ -140,7 +140,7 @@ def _dq_step(call, gradients, delta, q_tile, dout_tile, keys, values, ds_tile, n
   return acc, sums
 
 
-def _two_products(call: launch.Call, first: Any, second: Any, wait: Any, release: Any, start: Any, use: Any,
+def two_products(call: launch.Call, first: Any, second: Any, wait: Any, release: Any, start: Any, use: Any,
                   shape: tuple[int, int]) -> Any:
   """`use(s, dp)` of two products of tiles; the second comes less `start()`, and may still run until `dp()` is called."""
   acc = plgpu.ACC(shape, jnp.float32)
@@ -282,7 +282,7 @@ def _dkv_step(call, of, gradients, delta, k_tile, v_tile, queries, douts, before
   shape = launch.WARPGROUP_ROWS, call.tiles[0]
   scores = lambda a, b: (k_tile.at[a], queries.tile(at, b).transpose((1, 0)))
   if of[0]:
-    p, ds, sums = _two_products(
+    p, ds, sums = two_products(
         call, scores, lambda a, b: (v_tile.at[a], douts.tile(at, b).transpose((1, 0))), lambda: douts.wait(at), lambda: None,
         delta(n), lambda s, dp: gradients(n, s, dp, sums, masked), shape)
   else:

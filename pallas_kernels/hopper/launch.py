@@ -24,8 +24,8 @@ _LOADER_REGISTERS, _COMPUTE_REGISTERS = {2: 24, 3: 32}, {2: 240, 3: 160}  # of a
 class Call:
   """One problem on one GPU: sizes, tiles and how to compute.
 
-  q `[B, T, P · N, H]`, k `[B, S, P · K, H]`, v `[B, S, P · K, E]`, bfloat16 or float16, H and E multiples of 64; P is 1, or 2
-  for float32, whose rounding errors follow as heads of their own.
+  q `[B, T, P · N, H]`, k `[B, S, P · K, H]`, v `[B, S, P · K, E]`, bfloat16 or float16, H and E multiples of 64. P is 1, or for
+  float32 2 or 3: what rounding to bfloat16 takes away follows as heads of their own.
   """
 
   queries: int
@@ -59,8 +59,8 @@ class Call:
 
   @property
   def products(self) -> list[tuple[int, int]]:
-    """Which pieces of two operands are multiplied; that of two rounding errors is left out."""
-    return [(0, 0)] if self.pieces == 1 else [(0, 0), (0, 1), (1, 0)]
+    """Which pieces of two operands are multiplied: all but those below the last piece's own rounding error."""
+    return [(a, b) for a in range(self.pieces) for b in range(self.pieces - a)]
 
   def scores(self, logits: Any, tiles: Any, window: leaves.Window, qk: Any, masked: bool) -> Any:
     """The scores of a window; what lies past the last query or key is masked."""
@@ -157,9 +157,12 @@ class Ring(NamedTuple):
 
 
 def pieces(x: Any, count: int, dtype: Any) -> list[Any]:
-  """`x` in a narrow dtype: rounded, and with `count` 2 what rounding took away."""
-  high = x.astype(dtype)
-  return [high] if count == 1 else [high, (x - high.astype(x.dtype)).astype(dtype)]
+  """`x` as a sum of `count` numbers in a narrow dtype: rounded, and then what rounding took away, rounded."""
+  found = [x.astype(dtype)]
+  while len(found) < count:
+    x = x - found[-1].astype(x.dtype)
+    found.append(x.astype(dtype))
+  return found
 
 
 def product(call: Call, operands: Callable, acc: Any) -> Any:

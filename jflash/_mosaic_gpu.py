@@ -1,0 +1,131 @@
+"""The Mosaic GPU kernels for Hopper as a backend: heads filled up to multiples of 64, float32 in pieces of bfloat16."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import hopper, products, schedule, softmax
+from pallas_kernels.hopper import launch
+
+from . import _plan, _tiles_gpu, _xla
+from ._logits import Logits
+from ._problem import Problem
+
+MOST_WIDTH = {1: 256, 2: 256, 3: 128}  # by how many numbers stand for one
+
+
+def supports(problem: Problem) -> str | None:
+  """None, or why the kernels cannot compute this problem."""
+  if problem.product is not products.Dot:
+    return "its kernels multiply queries with keys, and these scores are distances; use implementation='xla'"
+  if problem.q.dtype == jnp.float64:
+    return "the tensor cores of a GPU of this kind take no float64; use implementation='xla'"
+  most = MOST_WIDTH[_tiles_gpu.pieces(problem.q.dtype)]
+  if (widest := max(problem.width, problem.value_width)) > most:
+    return (f"heads are {widest} wide, and its kernels hold {most} of {problem.q.dtype} at most with "
+            f"jax.default_matmul_precision {jax.config.jax_default_matmul_precision}; use implementation='xla'")  # type: ignore[attr-defined]
+  return None
+
+
+def _call(problem: Problem, plan: _plan.Plan, of: _tiles_gpu.Launch, unit: float) -> hopper.Call:
+  return hopper.Call(
+      problem.queries, problem.keys, problem.heads, problem.kv_heads, _operand_dtype(problem), of.tiles, of.stages, unit,
+      schedule.PARTIAL in plan.kinds, problem.logits.dropout is not None, plan.launches.pieces, overlapped=not plan.interpret,
+      turns=of.turns and not plan.interpret, interpret=_interpreter(plan.interpret))
+
+
+def _interpreter(params: Any) -> Any:
+  """`jflash.interpret(True)` models memory, too: these kernels have no other interpreter."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+  return params if not isinstance(params, bool) else plgpu.InterpretGPUParams() if params else False
+
+
+def _operand_dtype(problem: Problem) -> Any:
+  return jnp.dtype(jnp.bfloat16) if problem.q.dtype == jnp.float32 else problem.q.dtype
+
+
+def _lay_out(x: Any, plan: _plan.Plan, dtype: Any) -> Any:
+  """`[B, S, P · K, width filled up]` from `[B, S, K, width]`."""
+  x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, _tiles_gpu.lane_width(x.shape[3]) - x.shape[3])))
+  return jnp.concatenate(launch.pieces(x, plan.launches.pieces, dtype), axis=2)
+
+
+def _unit(logits: Logits) -> tuple[float, Logits]:
+  """A known scale that nothing but the mask comes after is left to the exponentials, which multiply anyway."""
+  terms = logits.bias, logits.alibi_slopes, logits.soft_cap, logits.score_mod
+  if isinstance(logits.scale, float) and logits.scale > 0 and all(term is None for term in terms):
+    return logits.scale, dataclasses.replace(logits, scale=1.0)
+  return 1.0, logits
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def forward(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule) -> tuple[Any, Any]:
+  """`(out [B, T, N, E], lse [B, T, N])`."""
+  unit, logits = _unit(problem.logits)
+  call = _call(problem, plan, plan.launches.forward, unit)
+  q, k, v = (_lay_out(x, plan, call.dtype) for x in (problem.q, problem.k, problem.v))
+  out, lse = hopper.forward(call, q, k, v, logits, visits.forward)
+  return out[..., :problem.value_width].astype(problem.v.dtype), lse[:, :, :problem.queries].transpose(0, 2, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "wanted"))
+def cotangent(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule, out: Any, lse: Any, dout: Any, dlse: Any,
+              wanted: tuple[bool, ...]) -> tuple[Any, Any, Any, list[Any]]:
+  """(dq, dk, dv, gradients of those leaves of `logits` that are `wanted`)."""
+  unit, logits = _unit(problem.logits)
+  launches = plan.launches
+  of_dq, of_dkv = (_call(problem, plan, of, unit) for of in (launches.dq, launches.dkv))
+  dout, delta = softmax.row_cotangents(out, lse, dout, dlse)
+  longest = max(of_dq.tiles[0], of_dkv.tiles[0])
+  fill = lambda x, value: jnp.pad(x.transpose(0, 2, 1), ((0, 0), (0, 0), (0, -problem.queries % longest)), constant_values=value)
+  residuals = hopper.Residuals(*(_lay_out(x, plan, of_dq.dtype) for x in (problem.q, problem.k, problem.v, dout)),
+                               fill(lse / unit, softmax.INF), fill(delta, 0.0))
+  by_query, by_key, by_both, others = _by_axes(problem, wanted)
+  dq, query_sums = hopper.dq(of_dq, residuals, logits, visits.dq, tuple(by_query))
+  if launches.split:
+    (dk,), key_sums = hopper.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key), (True, False))
+    (dv,), _ = hopper.dkv(of_dkv, residuals, logits, visits.dkv, (), (False, True))
+  else:
+    (dk, dv), key_sums = hopper.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key))
+  cut = lambda x, like: x[..., :like.shape[-1]].astype(like.dtype)
+
+  leaves = jax.tree.leaves(problem.logits)
+  grads = {n: _sum_to(sums[:, :, :problem.queries, None], leaves[n]) for n, sums in zip(by_query, query_sums)}
+  grads |= {n: _sum_to(sums[:, :, None, :problem.keys], leaves[n]) for n, sums in zip(by_key, key_sums)}
+  grads |= {n: hopper.tile_gradient(of_dq, residuals, logits, n, visits.dq_kinds).astype(leaves[n].dtype) for n in by_both}
+  if others:
+    grads |= _in_plain_jax(problem, others, out, lse, dout, dlse)
+  return cut(dq, problem.q), cut(dk, problem.k), cut(dv, problem.v), [grads[n] for n, w in enumerate(wanted) if w]
+
+
+def _by_axes(problem: Problem, wanted: tuple[bool, ...]) -> tuple[list[int], list[int], list[int], list[int]]:
+  """The wanted leaves by what their gradients are sums over: keys (or all), queries, neither; and tables, for plain JAX."""
+  program = problem.logits.score_mod
+  whole = {id(program.arrays[n]) for _, n in program.whole} if program is not None else set()
+  by_query, by_key, by_both, others = [], [], [], []
+  for n, (w, x) in enumerate(zip(wanted, jax.tree.leaves(problem.logits))):
+    if w:
+      kind = others if x.ndim > 4 or id(x) in whole else by_both if x.shape[2] > 1 and x.shape[3] > 1 else by_key if (
+          x.shape[3] > 1) else by_query
+      kind.append(n)
+  return by_query, by_key, by_both, others
+
+
+def _sum_to(x: Any, like: Any) -> Any:
+  """`x` summed over the axes along which `like` broadcasts."""
+  axes = tuple(axis for axis, (n, size) in enumerate(zip(x.shape, like.shape)) if size == 1 and n > 1)
+  return jnp.sum(x, axis=axes, keepdims=True).astype(like.dtype) if axes else x.astype(like.dtype)
+
+
+def _in_plain_jax(problem: Problem, numbers: list[int], out: Any, lse: Any, dout: Any, dlse: Any) -> dict[int, Any]:
+  """Gradients of tables that scores look things up in: sums over scattered scores, of which a kernel has no fixed order."""
+  plan = _plan.plan_xla(problem)
+  visits = _plan.make_schedule(problem, plan)
+  wanted = tuple(n in numbers for n in range(len(jax.tree.leaves(problem.logits))))
+  *_, grads = _xla.cotangent(problem, plan, visits, out, lse, dout, dlse, wanted=wanted)
+  return dict(zip(numbers, grads))
