@@ -74,12 +74,12 @@ CHIPS = {
 
 
 def cuda_root() -> pathlib.Path | None:
-  """The CUDA toolkit whose `nvdisasm` and libdevice are used: $CUDA_ROOT, the pip packages, or /usr/local/cuda."""
+  """The CUDA toolkit whose ptxas, nvdisasm and libdevice are used: $CUDA_ROOT, the pip packages', or /usr/local/cuda."""
   spec = importlib.util.find_spec("nvidia")
   wheels = [pathlib.Path(path) / "cu13" for path in (spec.submodule_search_locations or () if spec else ())]
   named = [pathlib.Path(os.environ["CUDA_ROOT"])] if "CUDA_ROOT" in os.environ else []
   for root in (*named, *wheels, pathlib.Path("/usr/local/cuda")):
-    if (root / "bin/nvdisasm").exists() and (root / "nvvm/libdevice/libdevice.10.bc").exists():
+    if all((root / part).exists() for part in ("bin/ptxas", "bin/nvdisasm", "nvvm/libdevice/libdevice.10.bc")):
       return root
   return None
 
@@ -103,21 +103,21 @@ def missing() -> str | None:
     if version != jax.__version__:
       return f"{package} is {version}, but jax is {jax.__version__}: pip install {package}=={jax.__version__}"
   if cuda_root() is None:
-    return f"no CUDA toolkit with nvdisasm and libdevice was found: {INSTALL}"
+    return f"no CUDA toolkit with ptxas, nvdisasm and libdevice was found: {INSTALL}"
   return None
 
 
-def device(chip: str) -> Any:  # a jax.Device, which type checkers take for a variable
-  """A device of the named GPU, good for compiling only.
-
-  Raises:
-    ValueError: `chip` is not one of `CHIPS`.
-    ModuleNotFoundError: something is `missing()`.
-  """
+def check(chip: str) -> None:
+  """Raises ValueError if `chip` is not one of `CHIPS`, and ModuleNotFoundError if something is `missing()`."""
   if chip not in CHIPS:
     raise ValueError(f"`chip` is {chip!r}; it must be one of {', '.join(CHIPS)}.")
   if reason := missing():
     raise ModuleNotFoundError(reason)
+
+
+def device(chip: str) -> Any:  # a jax.Device, which type checkers take for a variable
+  """A device of the named GPU, good for compiling only; raises what `check` does."""
+  check(chip)
   return _topology(chip).devices[0]
 
 

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
@@ -30,7 +30,9 @@ from benchmarks.gpu_reports import Kernel, Report
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _CALL = re.compile(r'custom_call_target="mosaic_gpu.*?op_name="([^"]*)".*?kernel_hash = "((?:[^"\\]|\\.)*)"')
+_OTHERS = re.compile(r"/jax/(_src|experimental/mosaic|experimental/pallas/mosaic_gpu)/|/jaxlib/|/lib/python[^/]*/[^/]*\.py$|benchmarks/gpu_\w+\.py$|<")
 _TAIL = 4000  # characters of a dead process's last words
+_BEGIN = "\0case "  # comes before what is printed for a case
 _START = 120.0  # seconds for importing JAX and the cases
 
 
@@ -44,68 +46,74 @@ def compile_cases(cases: str, chip: str = "h100", *, only: str = "*", timeout: f
     timeout: seconds that one case may take.
 
   Raises:
-    ValueError: `chip` is unknown.
+    ValueError: `chip` is unknown, or `only` matches nothing.
     ModuleNotFoundError: the compiler is not installed.
     RuntimeError: the cases cannot be made; with what the subprocess printed.
   """
-  if chip not in gpu_chips.CHIPS:
-    raise ValueError(f"`chip` is {chip!r}; it must be one of {', '.join(gpu_chips.CHIPS)}.")
-  if reason := gpu_chips.missing():
-    raise ModuleNotFoundError(reason)
+  gpu_chips.check(chip)
   reports: dict[str, Report] = {}
-  names = None
-  with tempfile.TemporaryDirectory(prefix="gpu-compile-") as directory:
-    while names is None or len(reports) < len(names):
-      lines, last_words = _run_worker(directory, cases, chip, only, list(reports), timeout)
-      if names is None and (not lines or "cases" not in lines[0]):
-        raise RuntimeError(f"the cases of {cases} cannot be made:\n{last_words}")
-      names = names or lines[0]["cases"]
-      for line in lines[1:]:
-        if "report" in line:
-          reports[line["report"]["case"]] = Report.from_json(line["report"])
-      pending = [name for name in names if name not in reports]
-      if pending:  # the process died: at the case that it began last, or else before all
-        started = [line["start"] for line in lines if line.get("start") in pending]
-        died = started[-1] if started else pending[0]
-        reports[died] = Report(died, chip, jax.__version__, error=f"the compiling process died: {last_words}")
+  names: list[str] = []
+  while not names or len(reports) < len(names):
+    job = {"cases": cases, "chip": chip, "only": only, "done": list(reports), "timeout": timeout}
+    lines, printed, code = _run_worker(job)
+    if not lines:
+      raise RuntimeError(f"the cases of {cases} cannot be made (exit status {code}):\n{printed['']}")
+    names = lines[0]["cases"]
+    if not names:
+      raise ValueError(f"{cases} has no case that matches {only!r}.")
+    for line in lines[1:]:
+      reports[line["case"]] = report = Report.from_json(line)
+      if report.error:
+        report.error = "\n".join(filter(None, [report.error, printed.get(report.case)]))
+    pending = [name for name in names if name not in reports]
+    if pending:  # the process died at the case that it began last
+      died = next((name for name in pending if name in printed), pending[0])
+      reports[died] = Report(died, chip, jax.__version__, f"the compiling process died with exit status {code}\n{printed.get(died)}")
   return {name: reports[name] for name in names}
 
 
-def _run_worker(directory: str, cases: str, chip: str, only: str, done: list[str], timeout: float) -> tuple[list[dict], str]:
-  """What one subprocess reported, a dict per line, and its exit status with the end of what it printed."""
-  out, log = pathlib.Path(directory, "reports"), pathlib.Path(directory, "log")
-  out.write_text("")
-  root = str(gpu_chips.cuda_root())
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_ROOT": root, "MOSAIC_GPU_DUMP_TO": directory,
-                 "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))}
-  job = json.dumps({"cases": cases, "chip": chip, "only": only, "done": done, "timeout": timeout, "out": str(out)})
-  with log.open("w") as stream:
-    code = subprocess.run([sys.executable, "-m", "benchmarks.gpu_compile", "--job", job], env=environment,
-                          stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
-  return ([json.loads(line) for line in out.read_text().splitlines()],
-          f"exit status {code}\n{log.read_text(errors='replace')[-_TAIL:]}")
+def _run_worker(job: dict[str, Any]) -> tuple[list[dict], dict[str, str], int]:
+  """Runs a subprocess: what it reported, a dict per line, the end of what it printed for each case that it began, its exit status.
+
+  What was printed before the first case is that of "".
+  """
+  with tempfile.TemporaryDirectory(prefix="gpu-compile-") as directory:
+    out, log = pathlib.Path(directory, "reports"), pathlib.Path(directory, "log")
+    with log.open("w") as stream:
+      code = subprocess.run([sys.executable, "-m", "benchmarks.gpu_compile", "--job", json.dumps({**job, "out": str(out)})],
+                            env=_environment(directory), stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+    parts = log.read_text(errors="replace").split(_BEGIN)
+    printed = {"": parts[0][-_TAIL:]}
+    for part in parts[1:]:
+      name, _, text = part.partition("\n")
+      printed[name] = text.strip()[-_TAIL:]
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else [], printed, code
+
+
+def _environment(dumps: str) -> dict[str, str]:
+  """The environment of the subprocess: no device but the CPU, the compiler's tools from one place, files about kernels in `dumps`."""
+  root = gpu_chips.cuda_root()
+  return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off", "MOSAIC_GPU_DUMP_TO": dumps, "CUDA_ROOT": str(root),
+          "PATH": f"{root}/bin{os.pathsep}{os.environ.get('PATH', '')}",
+          "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))}
 
 
 def _work(job: dict[str, Any]) -> None:
-  """In the subprocess: compile each case, and write a line before and after it."""
+  """In the subprocess: say which cases there are, and compile each, with a line for its report."""
+  faulthandler.dump_traceback_later(_START, exit=True)
+  module, _, function = job["cases"].partition(":")
+  cases = getattr(importlib.import_module(module), function)()
+  names = [name for name in cases if fnmatch.fnmatch(name, job["only"])]
+  gpu_chips.device(job["chip"])
   known: dict[str, Kernel] = {}
   with open(job["out"], "a", buffering=1) as out:
-    faulthandler.dump_traceback_later(_START, exit=True)
-    module, _, function = job["cases"].partition(":")
-    cases = getattr(importlib.import_module(module), function)()
-    names = [name for name in cases if fnmatch.fnmatch(name, job["only"])]
-    _write(out, {"cases": names})
-    gpu_chips.device(job["chip"])
+    out.write(json.dumps({"cases": names}) + "\n")
     for name in names:
       if name not in job["done"]:
-        _write(out, {"start": name})
-        faulthandler.dump_traceback_later(job["timeout"], exit=True)  # from a thread of its own, whatever holds the interpreter
-        _write(out, {"report": dataclasses.asdict(_compile(name, job["chip"], *cases[name], known))})
-    faulthandler.cancel_dump_traceback_later()
-
-
-def _write(out: TextIO, line: dict[str, Any]) -> None:
-  out.write(json.dumps(line) + "\n")
+        print(_BEGIN + name, flush=True)
+        faulthandler.dump_traceback_later(job["timeout"], exit=True)  # from its own thread, whatever holds the interpreter
+        out.write(json.dumps(dataclasses.asdict(_compile(name, job["chip"], *cases[name], known))) + "\n")
+  faulthandler.cancel_dump_traceback_later()
 
 
 def _compile(name: str, chip: str, fun: Any, args: tuple, known: dict[str, Kernel]) -> Report:
@@ -119,11 +127,21 @@ def _compile(name: str, chip: str, fun: Any, args: tuple, known: dict[str, Kerne
     report.compile_seconds = time.perf_counter() - start - report.lower_seconds
     report.temp = compiled.memory_analysis().temp_size_in_bytes
     report.kernels = _kernels(_CALL.findall(compiled.as_text()), dumps, known)
-  except Exception:  # reported, so that the other cases are compiled
-    report.error = traceback.format_exc(limit=-6)
+  except Exception as error:  # reported, so that the other cases are compiled
+    report.error = _describe(error)
   for path in dumps.glob("*_[0-9]*.*"):  # tens of megabytes a kernel
     path.unlink()
   return report
+
+
+def _describe(error: BaseException) -> str:
+  """Type and message, then the innermost lines that are neither of JAX nor of this module."""
+  text, frames, link = "".join(traceback.format_exception_only(error)).strip(), [], error
+  while link is not None:
+    frames += [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(link.__traceback__)
+               if not _OTHERS.search(frame.filename)]
+    link = link.__cause__ or link.__context__
+  return "\n  ".join([text, *list(dict.fromkeys(frames))[-4:]])
 
 
 def _kernels(calls: list[tuple[str, str]], dumps: pathlib.Path, known: dict[str, Kernel]) -> list[Kernel]:

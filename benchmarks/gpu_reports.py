@@ -122,7 +122,7 @@ _SIZE = r"%c(\d+)\w*"
 _THREE = rf"\({_SIZE}, {_SIZE}, {_SIZE}\)"
 _LAUNCH = re.compile(rf"gpu\.launch_func .* blocks in {_THREE} threads in {_THREE}\s+dynamic_shared_memory_size {_SIZE}")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)")  # /*00a0*/ @P0 HGMMA.64x64x16.F32 ...
-_ROUTINE = re.compile(r"bytes gmem|Compiling entry function|Function properties|Compile time|^$")
+_ROUTINE = re.compile(r"bytes gmem|Compiling entry function|Function properties|Compile time|Registers are spilled")
 
 
 def _read(stem: pathlib.Path, *suffixes: str) -> str:
