@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,13 @@ def cuda_root() -> pathlib.Path | None:
     if all((root / part).exists() for part in ("bin/ptxas", "bin/nvdisasm", "nvvm/libdevice/libdevice.10.bc")):
       return root
   return None
+
+
+@functools.cache
+def ptxas_version() -> str:
+  """Of `cuda_root()`, as "13.5.37"."""
+  said = subprocess.run([f"{cuda_root()}/bin/ptxas", "--version"], capture_output=True, text=True, check=True).stdout
+  return said[said.rindex(" V") + 2:].split()[0]
 
 
 def too_old() -> str | None:

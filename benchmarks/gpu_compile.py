@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,13 +31,14 @@ from benchmarks.gpu_reports import Kernel, Report
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _CALL = re.compile(r'custom_call_target="mosaic_gpu.*?op_name="([^"]*)".*?kernel_hash = "((?:[^"\\]|\\.)*)"')
-_OTHERS = re.compile(r"/jax/(_src|experimental/mosaic|experimental/pallas/mosaic_gpu)/|/jaxlib/|/lib/python[^/]*/[^/]*\.py$|benchmarks/gpu_\w+\.py$|<")
+_OTHERS = re.compile(r"/jax/(_src|experimental)/|/jaxlib/|/lib/python[^/]*/[^/]*\.py$|benchmarks/gpu_\w+\.py$|<")
 _TAIL = 4000  # characters of a dead process's last words
 _BEGIN = "\0case "  # comes before what is printed for a case
 _START = 120.0  # seconds for importing JAX and the cases
 
 
-def compile_cases(cases: str, chip: str = "h100", *, only: str = "*", timeout: float = 120.0) -> dict[str, Report]:
+def compile_cases(cases: str, chip: str = "h100", *, only: str = "*", timeout: float = 120.0,
+                  keep: str | os.PathLike | None = None) -> dict[str, Report]:
   """Reports by case name, in the order of the cases.
 
   Args:
@@ -44,6 +46,7 @@ def compile_cases(cases: str, chip: str = "h100", *, only: str = "*", timeout: f
     chip: one of `gpu_chips.CHIPS`.
     only: compile cases of this name or pattern (as in the shell) only.
     timeout: seconds that one case may take.
+    keep: a folder for the PTX and the disassembly of each kernel, in one folder per case; made if missing.
 
   Raises:
     ValueError: `chip` is unknown, or `only` matches nothing.
@@ -54,7 +57,8 @@ def compile_cases(cases: str, chip: str = "h100", *, only: str = "*", timeout: f
   reports: dict[str, Report] = {}
   names: list[str] = []
   while not names or len(reports) < len(names):
-    job = {"cases": cases, "chip": chip, "only": only, "done": list(reports), "timeout": timeout}
+    job = {"cases": cases, "chip": chip, "only": only, "done": list(reports), "timeout": timeout,
+           "keep": str(pathlib.Path(keep).resolve()) if keep else ""}
     lines, printed, code = _run_worker(job)
     if not lines:
       raise RuntimeError(f"the cases of {cases} cannot be made (exit status {code}):\n{printed['']}")
@@ -68,14 +72,16 @@ def compile_cases(cases: str, chip: str = "h100", *, only: str = "*", timeout: f
     pending = [name for name in names if name not in reports]
     if pending:  # the process died at the case that it began last
       died = next((name for name in pending if name in printed), pending[0])
-      reports[died] = Report(died, chip, jax.__version__, f"the compiling process died with exit status {code}\n{printed.get(died)}")
+      error = f"the compiling process died with exit status {code}\n{printed.get(died)}"
+      reports[died] = Report(died, chip, jax.__version__, gpu_chips.ptxas_version(), error)
   return {name: reports[name] for name in names}
 
 
 def _run_worker(job: dict[str, Any]) -> tuple[list[dict], dict[str, str], int]:
-  """Runs a subprocess: what it reported, a dict per line, the end of what it printed for each case that it began, its exit status.
+  """Runs a subprocess.
 
-  What was printed before the first case is that of "".
+  Returns:
+    What it reported, a dict per line; the end of what it printed, by case (before the first, by ""); its exit status.
   """
   with tempfile.TemporaryDirectory(prefix="gpu-compile-") as directory:
     out, log = pathlib.Path(directory, "reports"), pathlib.Path(directory, "log")
@@ -86,15 +92,15 @@ def _run_worker(job: dict[str, Any]) -> tuple[list[dict], dict[str, str], int]:
     printed = {"": parts[0][-_TAIL:]}
     for part in parts[1:]:
       name, _, text = part.partition("\n")
-      printed[name] = text.strip()[-_TAIL:]
+      printed[name] = "\n".join(line for line in text.splitlines() if line.strip())[-_TAIL:]
     return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else [], printed, code
 
 
 def _environment(dumps: str) -> dict[str, str]:
-  """The environment of the subprocess: no device but the CPU, the compiler's tools from one place, files about kernels in `dumps`."""
+  """The subprocess's: no device but the CPU, tools from one place, everything compiled anew, with files about it in `dumps`."""
   root = gpu_chips.cuda_root()
-  return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off", "MOSAIC_GPU_DUMP_TO": dumps, "CUDA_ROOT": str(root),
-          "PATH": f"{root}/bin{os.pathsep}{os.environ.get('PATH', '')}",
+  return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off", "JAX_ENABLE_COMPILATION_CACHE": "false",
+          "MOSAIC_GPU_DUMP_TO": dumps, "CUDA_ROOT": str(root), "PATH": f"{root}/bin{os.pathsep}{os.environ.get('PATH', '')}",
           "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))}
 
 
@@ -112,26 +118,42 @@ def _work(job: dict[str, Any]) -> None:
       if name not in job["done"]:
         print(_BEGIN + name, flush=True)
         faulthandler.dump_traceback_later(job["timeout"], exit=True)  # from its own thread, whatever holds the interpreter
-        out.write(json.dumps(dataclasses.asdict(_compile(name, job["chip"], *cases[name], known))) + "\n")
+        fun, args = cases[name]
+        report = _compile(name, job["chip"], fun, args, known)
+        out.write(json.dumps(dataclasses.asdict(report)) + "\n")
+        _clear(job["keep"] and os.path.join(job["keep"], re.sub(r"\W+", "-", name)))
   faulthandler.cancel_dump_traceback_later()
 
 
 def _compile(name: str, chip: str, fun: Any, args: tuple, known: dict[str, Kernel]) -> Report:
-  report = Report(name, chip, jax.__version__, shared_limit=gpu_chips.CHIPS[chip].shared_limit)
-  dumps = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+  report = Report(name, chip, jax.__version__, gpu_chips.ptxas_version(), shared_limit=gpu_chips.CHIPS[chip].shared_limit)
   try:
     start = time.perf_counter()
     lowered = gpu_chips.lower_for(chip, fun, *args)
     report.lower_seconds = time.perf_counter() - start
     compiled = lowered.compile()
     report.compile_seconds = time.perf_counter() - start - report.lower_seconds
-    report.temp = compiled.memory_analysis().temp_size_in_bytes
-    report.kernels = _kernels(_CALL.findall(compiled.as_text()), dumps, known)
+    memory, program = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and program is not None
+    report.temp = memory.temp_size_in_bytes
+    report.kernels = _kernels(_CALL.findall(program), known)
   except Exception as error:  # reported, so that the other cases are compiled
     report.error = _describe(error)
-  for path in dumps.glob("*_[0-9]*.*"):  # tens of megabytes a kernel
-    path.unlink()
   return report
+
+
+def _dumps(pattern: str) -> list[pathlib.Path]:
+  return list(pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"]).glob(pattern))
+
+
+def _clear(keep: str) -> None:
+  """Removes the files about kernels, tens of megabytes for each, but moves PTX and disassembly to `keep` if that is not ""."""
+  for path in _dumps("*_[0-9]*.*"):
+    if keep and path.suffix in (".ptx", ".ptxas", ".sass", ".sass_ctrl"):
+      os.makedirs(keep, exist_ok=True)
+      shutil.move(path, keep)
+    else:
+      path.unlink()
 
 
 def _describe(error: BaseException) -> str:
@@ -144,14 +166,14 @@ def _describe(error: BaseException) -> str:
   return "\n  ".join([text, *list(dict.fromkeys(frames))[-4:]])
 
 
-def _kernels(calls: list[tuple[str, str]], dumps: pathlib.Path, known: dict[str, Kernel]) -> list[Kernel]:
+def _kernels(calls: list[tuple[str, str]], known: dict[str, Kernel]) -> list[Kernel]:
   """The kernels that a program calls, from the name stack and the hash of each call and the files about those just compiled.
 
   JAX 0.11 compiles every call. JAX 0.12 compiles no kernel twice in one process: what it has compiled is in `known`, by hash.
   Different kernels of one name in one program are told apart by their order only: give them names.
   """
   fresh: dict[str, list[Kernel]] = {}
-  for path in sorted(dumps.glob("*.ptxas"), key=lambda path: int(path.stem.rpartition("_")[2])):
+  for path in sorted(_dumps("*.ptxas"), key=lambda path: int(path.stem.rpartition("_")[2])):
     kernel = gpu_reports.read_kernel(path.with_suffix(""))
     fresh.setdefault(kernel.name, []).append(kernel)
   keys: dict[str, list[str]] = {}
@@ -169,20 +191,21 @@ def _kernels(calls: list[tuple[str, str]], dumps: pathlib.Path, known: dict[str,
 
 
 def main(arguments: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(description="Compile named cases for a GPU that is not there, and print what the kernels came to.")
   parser.add_argument("cases", metavar="MODULE:FUNCTION", nargs="+")
   parser.add_argument("--chip", default="h100", choices=gpu_chips.CHIPS)
   parser.add_argument("--only", default="*", help="name of a case, or a pattern")
   parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one case")
+  parser.add_argument("--keep", metavar="DIRECTORY", help="keep PTX and disassembly here")
   parser.add_argument("--json", action="store_true", help="print the reports as one JSON object")
   options = parser.parse_args(arguments)
   reports = {}
   for cases in options.cases:
-    reports |= compile_cases(cases, options.chip, only=options.only, timeout=options.timeout)
+    reports |= compile_cases(cases, options.chip, only=options.only, timeout=options.timeout, keep=options.keep)
   if options.json:
     print(json.dumps({name: dataclasses.asdict(report) for name, report in reports.items()}, indent=2))
   else:
-    print("\n".join(gpu_reports.lines(report) for report in reports.values()))
+    print("\n".join(map(gpu_reports.as_text, reports.values())))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from typing import Any
 class Kernel:
   """One Mosaic GPU kernel; sizes in bytes, `grid` in blocks, `threads` per block."""
   name: str
-  registers: int = 0  # per thread, at launch; a kernel's own setmaxnreg moves it later
+  registers: int = 0  # per thread, at launch
   stack: int = 0
   spill_stores: int = 0
   spill_loads: int = 0
   static_shared: int = 0
   dynamic_shared: int = 0
+  set_registers: list[int] = dataclasses.field(default_factory=list)  # what warpgroups set for themselves, in order of the code
   grid: tuple[int, ...] = ()
   threads: int = 0
   opcodes: dict[str, int] = dataclasses.field(default_factory=dict)  # machine instructions, without their modifiers
@@ -33,6 +34,7 @@ class Report:
   case: str
   chip: str
   jax: str = ""
+  ptxas: str = ""  # its version
   error: str = ""  # of lowering or compiling, or how the process died; empty if it compiled
   lower_seconds: float = 0.0
   compile_seconds: float = 0.0
@@ -76,7 +78,8 @@ def problems(report: Report, *, want: tuple[str, ...] = ("HGMMA",), registers: i
       wrong.append(f"takes {kernel.shared} bytes of shared memory, of {report.shared_limit}")
     if kernel.registers > registers:
       wrong.append(f"takes {kernel.registers} registers, of {registers}")
-    wrong += [f"has no {opcode} in {sum(kernel.opcodes.values())} instructions" for opcode in want if not kernel.opcodes.get(opcode)]
+    count = sum(kernel.opcodes.values())
+    wrong += [f"has no {opcode} in {count} instructions" for opcode in want if not kernel.opcodes.get(opcode)]
     wrong += [f"ptxas: {note}" for note in kernel.notes]
     found += [f"{report.case} for {report.chip}, kernel {kernel.name}: {text}" for text in wrong]
   return found
@@ -85,14 +88,16 @@ def problems(report: Report, *, want: tuple[str, ...] = ("HGMMA",), registers: i
 SHOWN = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "MUFU", "LDG", "STG", "LDL", "STL", "BAR", "SYNCS", "SHFL")
 
 
-def lines(report: Report) -> str:
-  """A report as text: a line for the case, and two for each kernel."""
-  text = [f"{report.case} ({report.chip}, JAX {report.jax}): lowered in {report.lower_seconds:.1f} s, "
-          f"compiled in {report.compile_seconds:.1f} s, {report.temp} bytes of temporary memory"]
+def as_text(report: Report) -> str:
+  """A report for reading: a line for the case, and some for each kernel."""
+  head = f"{report.case} ({report.chip}, JAX {report.jax}, ptxas {report.ptxas})"
   if report.error:
-    return f"{report.case} ({report.chip}, JAX {report.jax}): {report.error.rstrip()}"
+    return f"{head}: {report.error}"
+  text = [f"{head}: lowered in {report.lower_seconds:.1f} s, compiled in {report.compile_seconds:.1f} s, "
+          f"{report.temp} bytes of temporary memory"]
   for kernel in report.kernels:
-    text.append(f"  {kernel.name}: {kernel.registers} registers, {kernel.spill_stores} + {kernel.spill_loads} bytes spilled, "
+    own = f" (then {', '.join(map(str, kernel.set_registers))})" if kernel.set_registers else ""
+    text.append(f"  {kernel.name}: {kernel.registers} registers{own}, {kernel.spill_stores} + {kernel.spill_loads} bytes spilled, "
                 f"{kernel.shared} bytes of shared memory of {report.shared_limit}, {kernel.threads} threads, grid {kernel.grid}")
     counts = [f"{kernel.opcodes[opcode]} {opcode}" for opcode in SHOWN if opcode in kernel.opcodes]
     text.append(f"    of {sum(kernel.opcodes.values())} instructions: {', '.join(counts)}")
@@ -109,6 +114,7 @@ def read_kernel(stem: pathlib.Path) -> Kernel:
   kernel = _read_ptxas(_read(stem, ".ptxas"))
   sass = _read(stem, ".sass_ctrl", ".sass")
   kernel.opcodes = dict(collections.Counter(_INSTRUCTION.findall(sass)).most_common())
+  kernel.set_registers = [int(count, 16) for count in _SET_REGISTERS.findall(sass)]
   for line in _read(stem, ".mlir-passes.log").splitlines():
     if launch := _LAUNCH.search(line):
       sizes = [int(size) for size in launch.groups()]
@@ -122,6 +128,7 @@ _SIZE = r"%c(\d+)\w*"
 _THREE = rf"\({_SIZE}, {_SIZE}, {_SIZE}\)"
 _LAUNCH = re.compile(rf"gpu\.launch_func .* blocks in {_THREE} threads in {_THREE}\s+dynamic_shared_memory_size {_SIZE}")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)")  # /*00a0*/ @P0 HGMMA.64x64x16.F32 ...
+_SET_REGISTERS = re.compile(r"USETMAXREG\S* .*?0x([0-9a-f]+)")
 _ROUTINE = re.compile(r"bytes gmem|Compiling entry function|Function properties|Compile time|Registers are spilled")
 
 
@@ -141,7 +148,8 @@ def _read_ptxas(text: str) -> Kernel:
   if not (name and stack and used):
     raise ValueError(f"not a report of ptxas -v: {text!r}")
   shared = re.search(r"(\d+) bytes smem", text)
-  kernel = Kernel(name.group(1), int(used.group(1)), *map(int, stack.groups()), int(shared.group(1)) if shared else 0)
+  kernel = Kernel(name.group(1), registers=int(used.group(1)), static_shared=int(shared.group(1)) if shared else 0)
+  kernel.stack, kernel.spill_stores, kernel.spill_loads = map(int, stack.groups())
   for line in text.splitlines():
     level, _, rest = line.strip().partition(":")
     if level.startswith("ptxas") and not (_ROUTINE.search(rest.strip()) or used.group() in rest):

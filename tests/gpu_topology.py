@@ -1,11 +1,10 @@
 """Compiling for a GPU that is not there (`benchmarks.gpu_compile`), in tests: where the compiler is missing, they are skipped."""
 
+import dataclasses
 import fcntl
 import json
 import os
-import pathlib
 import re
-import dataclasses
 
 import pytest
 
