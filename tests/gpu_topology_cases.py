@@ -73,6 +73,19 @@ def double(name: str):
   return plgpu.kernel(body, out_type=x, kernel_name=name, scratch_types={"copy": plgpu.SMEM(x.shape, x.dtype)}), (x,)
 
 
+def racing(name: str):
+  """A kernel that does not wait for its output to be copied before it writes something else there."""
+  def body(x_ref, out_ref, copy):
+    copy[...] = x_ref[...]
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(copy, out_ref)
+    copy[...] = x_ref[...] * 2
+    plgpu.wait_smem_to_gmem(0)
+
+  x = _shape(64, 128)
+  return plgpu.kernel(body, out_type=x, kernel_name=name, scratch_types={"copy": plgpu.SMEM(x.shape, x.dtype)}), (x,)
+
+
 def hopper():
   return {"matmul": matmul("matmul", 64, 128, 64),
           "registers": matmul("registers", 64, 128, 64, registers=232),

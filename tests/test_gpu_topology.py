@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import gpu_chips, gpu_compile, gpu_reports
@@ -12,6 +13,9 @@ from benchmarks.gpu_reports import problems
 from tests import gpu_topology
 
 gpu_topology.require_jax()
+from tests import gpu_topology_cases  # noqa: E402
+from tests.gpu_interpret import interpret  # noqa: E402
+
 pytestmark = pytest.mark.gpu
 
 CASES = "tests.gpu_topology_cases"
@@ -198,3 +202,20 @@ def test_an_old_jax_is_skipped_even_in_ci(monkeypatch, tmp_path_factory):
   monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
   with pytest.raises(pytest.skip.Exception, match=r"GPU kernels need JAX 0\.11\.2 or newer"):
     gpu_topology.reports(tmp_path_factory, f"{CASES}:hopper")
+
+
+@pytest.mark.timeout(120)
+def test_the_kernels_are_right_when_interpreted():
+  rng = np.random.default_rng(0)
+  a, b = rng.normal(size=(64, 64)).astype(np.float16), rng.normal(size=(64, 128)).astype(np.float16)
+  out = interpret(gpu_topology_cases.matmul("matmul", 64, 128, 64)[0], a, b)
+  np.testing.assert_allclose(out, a.astype(np.float32) @ b.astype(np.float32), atol=0.02)
+  np.testing.assert_array_equal(interpret(gpu_topology_cases.double("double")[0], b), 2 * b)
+
+
+@pytest.mark.timeout(120)
+def test_a_race_is_found_when_interpreted():
+  x = np.ones((64, 128), np.float16)
+  with pytest.raises((jax.errors.JaxRuntimeError, AssertionError), match="RACE DETECTED"):
+    interpret(gpu_topology_cases.racing("racing")[0], x)
+  np.testing.assert_array_equal(interpret(gpu_topology_cases.double("double")[0], x), 2 * x)  # and nothing is left of it
