@@ -191,7 +191,7 @@ def _kernels(calls: list[tuple[str, str]], known: dict[str, Kernel]) -> list[Ker
 
 
 def main(arguments: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description="Compile named cases for a GPU that is not there, and print what the kernels came to.")
+  parser = argparse.ArgumentParser(description="Compile cases for a GPU that is not there, and say what the kernels came to.")
   parser.add_argument("cases", metavar="MODULE:FUNCTION", nargs="+")
   parser.add_argument("--chip", default="h100", choices=gpu_chips.CHIPS)
   parser.add_argument("--only", default="*", help="name of a case, or a pattern")
