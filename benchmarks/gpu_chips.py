@@ -64,13 +64,13 @@ class Chip:
 
 
 _MIB, _GB = 1 << 20, 10**9
-_HOPPER = Chip("NVIDIA H100 80GB HBM3", (9, 0), True, 132, 2048, 233472, 232448, 84942979072, 3352 * _GB, 50 * _MIB, 1.98)
-CHIPS = {
+_HOPPER = Chip("NVIDIA H100 80GB HBM3", (9, 0), True, 132, 2048, 233472, 232448, 84942979072, 3352320000000, 50 * _MIB, 1.98)
+CHIPS = {  # L4 by its data sheet, the others as XLA describes them
   "h100": _HOPPER,
-  "h200": dataclasses.replace(_HOPPER, name="NVIDIA H200", memory=150110011392, bandwidth=4800 * _GB),
-  "a100": Chip("NVIDIA A100-SXM4-80GB", (8, 0), False, 108, 2048, 167936, 166912, 84987740160, 2039 * _GB, 40 * _MIB, 1.41, 64),
-  "l4": Chip("NVIDIA L4", (8, 9), False, 58, 1536, 102400, 101376, 23580639232, 300 * _GB, 48 * _MIB, 2.04),
-  "b200": Chip("NVIDIA B200", (10, 0), True, 148, 2048, 233472, 232448, 191514017792, 8000 * _GB, 126 * _MIB, 1.965),
+  "h200": dataclasses.replace(_HOPPER, name="NVIDIA H200 141GB HBM3e", memory=151397597184, bandwidth=4800 * _GB),
+  "a100": Chip("NVIDIA A100-SXM4-80GB", (8, 0), False, 108, 2048, 167936, 166912, 85100068864, 2039040000000, 40 * _MIB, 1.41, 64),
+  "l4": Chip("NVIDIA L4", (8, 9), False, 58, 1536, 102400, 101376, 24 * _GB, 300 * _GB, 48 * _MIB, 2.04),
+  "b200": Chip("NVIDIA B200", (10, 0), True, 148, 2048, 233472, 232448, 191514411008, 7672320000000, 132644864, 1.965),
 }
 
 

@@ -125,7 +125,6 @@ def test_a_case_at_which_the_compiler_aborts_does_not_take_the_others_along(olde
   assert problems(older["aborting"]) == [f"aborting for a100: {older['aborting'].error}"]
 
 
-
 def test_a_case_that_takes_too_long_does_not_take_the_others_along(tmp_path_factory):
   found = gpu_topology.reports(tmp_path_factory, f"{CASES}:hanging", "h100", timeout=3.0)
   assert "Timeout (0:00:03)!" in found["hanging"].error and "in hang" in found["hanging"].error
