@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import pathlib
 import re
 from typing import Any
@@ -115,21 +116,33 @@ def read_kernel(stem: pathlib.Path) -> Kernel:
   sass = _read(stem, ".sass_ctrl", ".sass")
   kernel.opcodes = dict(collections.Counter(_INSTRUCTION.findall(sass)).most_common())
   kernel.set_registers = [int(count, 16) for count in _SET_REGISTERS.findall(sass)]
-  for line in _read(stem, ".mlir-passes.log").splitlines():
-    if launch := _LAUNCH.search(line):
-      sizes = [int(size) for size in launch.groups()]
-      kernel.grid, kernel.dynamic_shared = tuple(sizes[:3]), sizes[6]
-      kernel.threads = sizes[3] * sizes[4] * sizes[5]
-      return kernel
-  raise ValueError(f"{stem}.mlir-passes.log has no launch with constant sizes")
+  kernel.grid, threads, kernel.dynamic_shared = _read_launch(_read(stem, ".mlir-passes.log"))
+  kernel.threads = math.prod(threads)
+  return kernel
 
 
-_SIZE = r"%c(\d+)\w*"
-_THREE = rf"\({_SIZE}, {_SIZE}, {_SIZE}\)"
-_LAUNCH = re.compile(rf"gpu\.launch_func .* blocks in {_THREE} threads in {_THREE}\s+dynamic_shared_memory_size {_SIZE}")
+_THREE = r"\((%\w+), (%\w+), (%\w+)\)"
+_LAUNCH = re.compile(rf"gpu\.launch_func .* blocks in {_THREE} threads in {_THREE}.*? dynamic_shared_memory_size (%\w+)")
+_VALUE = re.compile(r"\s*(%\w+)(?::\d+)? = (?:(?:arith\.constant |llvm\.mlir\.constant\()(\d+) :)?")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)")  # /*00a0*/ @P0 HGMMA.64x64x16.F32 ...
 _SET_REGISTERS = re.compile(r"USETMAXREG\S* .*?0x([0-9a-f]+)")
 _ROUTINE = re.compile(r"bytes gmem|Compiling entry function|Function properties|Compile time|Registers are spilled")
+
+
+def _read_launch(text: str) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+  """Blocks, threads and bytes of dynamic shared memory, from the passes of the compiler, once they have become constants."""
+  constants: dict[str, int] = {}
+  for line in text.splitlines():
+    if launch := _LAUNCH.search(line):
+      sizes = [constants[name] for name in launch.groups() if name in constants]
+      if len(sizes) == 7:
+        return tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6]
+    elif value := _VALUE.match(line):
+      name, constant = value.groups()
+      constants.pop(name, None)
+      if constant is not None:
+        constants[name] = int(constant)
+  raise ValueError("no launch with constant sizes among the passes of the compiler")
 
 
 def _read(stem: pathlib.Path, *suffixes: str) -> str:

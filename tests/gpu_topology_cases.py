@@ -73,6 +73,21 @@ def double(name: str):
   return plgpu.kernel(body, out_type=x, kernel_name=name, scratch_types={"copy": plgpu.SMEM(x.shape, x.dtype)}), (x,)
 
 
+def transformed():
+  """The gradient of a kernel whose backward pass is another, under `vmap`, `scan`, `checkpoint` and a nested `jit`."""
+  @jax.custom_vjp
+  def fun(x):
+    return double("forward")[0](x)
+
+  fun.defvjp(lambda x: (fun(x), None), lambda _, cotangent: (double("backward")[0](cotangent),))
+
+  def loss(x):
+    step = jax.checkpoint(jax.jit(jax.vmap(lambda x: jnp.sin(fun(x)))))
+    return jax.lax.scan(lambda x, _: (step(x), None), x, None, length=4)[0].astype(jnp.float32).sum()
+
+  return jax.grad(loss)
+
+
 def racing(name: str):
   """A kernel that does not wait for its output to be copied before it writes something else there."""
   def body(x_ref, out_ref, copy):
@@ -92,6 +107,7 @@ def hopper():
           "spilling": matmul("spilling", 64, 256, 64, products=2),
           "too much shared memory": matmul("greedy", 128, 256, 512),
           "no product": double("double"),
+          "transformed": (transformed(), (_shape(3, 64, 128),)),
           "no kernel": (jnp.sin, (_shape(128),)),
           "both": (lambda x, y, z: (matmul("matmul", 64, 128, 64)[0](x, y), double("double")[0](z)),
                    (_shape(64, 64), _shape(64, 128), _shape(64, 128)))}

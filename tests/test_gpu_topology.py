@@ -75,6 +75,13 @@ def test_kernels_of_one_program_are_told_apart(hopper):
     report.kernel("dq")
 
 
+def test_kernels_are_found_by_name_under_transformations(hopper):
+  report = hopper["transformed"]
+  assert problems(report, want=()) == []
+  assert {kernel.name for kernel in report.kernels} == {"forward", "backward"}
+  assert all(kernel.grid == (3, 1, 1) and kernel.dynamic_shared == 64 * 128 * 2 for kernel in report.kernels)
+
+
 def test_registers_that_a_kernel_sets_itself(hopper):
   assert hopper["registers"].kernel("registers").set_registers == [232]
   assert hopper["matmul"].kernel("matmul").set_registers == []
@@ -161,12 +168,16 @@ ptxas info    : Compile time = 71.184 ms
   (tmp_path / "k_0.sass_ctrl").write_text("""   -:-:-:Y:01        /*0000*/                   LDC R1, c[0x0][0x28]
    1:-:-:-:13        /*0190*/              @!P0 HGMMA.64x64x16.F32 R24, gdesc[UR4], RZ, !UPT
 """)
-  (tmp_path / "k_0.mlir-passes.log").write_text(
-    "%1 = gpu.launch_func async [%0] @k::@k blocks in (%c1, %c8, %c4_2) threads in (%c384, %c1, %c1)  "
-    "dynamic_shared_memory_size %c300000_i32 args(%2 : !llvm.ptr)\n")
+  (tmp_path / "k_0.mlir-passes.log").write_text("""    %c1 = arith.constant 1 : index loc(#loc)
+    %bytes = arith.constant 300000 : i32 loc(#loc)
+    %1 = gpu.launch_func async [%0] @k::@k blocks in (%c1, %2, %c1) threads in (%3, %c1, %c1)  dynamic_shared_memory_size %bytes args()
+    %2 = llvm.mlir.constant(8 : index) : i64 loc(#loc)
+    %3 = arith.constant 384 : index loc(#loc)
+    gpu.launch_func <%0 : !llvm.ptr> @k::@k blocks in (%c1, %2, %c1) threads in (%3, %c1, %c1) : i64 dynamic_shared_memory_size %bytes
+""")
   kernel = gpu_reports.read_kernel(tmp_path / "k_0")
   report = gpu_reports.Report("case", "h100", shared_limit=H100_SHARED, kernels=[kernel])
-  assert kernel.opcodes == {"LDC": 1, "HGMMA": 1} and kernel.grid == (1, 8, 4) and kernel.threads == 384
+  assert kernel.opcodes == {"LDC": 1, "HGMMA": 1} and kernel.grid == (1, 8, 1) and kernel.threads == 384
   assert problems(report) == ["case for h100, kernel k: keeps 16 bytes on the stack",
                               "case for h100, kernel k: takes 300001 bytes of shared memory, of 232448",
                               f"case for h100, kernel k: ptxas: info: {ignored}"]
