@@ -15,7 +15,13 @@ from pallas_kernels.hopper import launch
 from . import _plan, _tiles_gpu, _xla
 from ._logits import Logits
 from ._problem import Problem
+from ._program import programs
 
+# What Mosaic GPU has of what functions of scores may be made of, with derivatives, from JAX 0.11.2 on.
+OPERATIONS = frozenset(
+    "abs add and atan2 broadcast_in_dim clamp convert_element_type copy cos div eq erf exp exp2 ge gt integer_pow le log log2 "
+    "logistic lt max min mul ne neg not or rem reshape rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign "
+    "sin sqrt square squeeze stop_gradient sub tanh xor".split())
 MOST_WIDTH = {1: 256, 2: 256, 3: 128}  # by how many numbers stand for one
 
 
@@ -29,6 +35,11 @@ def supports(problem: Problem) -> str | None:
   if (widest := max(problem.width, problem.value_width)) > most:
     return (f"heads are {widest} wide, and its kernels hold {most} of {problem.q.dtype} at most with "
             f"jax.default_matmul_precision {jax.config.jax_default_matmul_precision}; use implementation='xla'")  # type: ignore[attr-defined]
+  for program in programs(problem.logits):
+    if program.reason:
+      return program.reason
+    if beyond := sorted(set(program.operations) - OPERATIONS):
+      return f"{program.name} computes {', '.join(beyond)}, for which its kernels have nothing; use implementation='xla'"
   return None
 
 
@@ -50,8 +61,8 @@ def _operand_dtype(problem: Problem) -> Any:
 
 
 def _lay_out(x: Any, plan: _plan.Plan, dtype: Any) -> Any:
-  """`[B, S, P · K, width filled up]` from `[B, S, K, width]`."""
-  x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, _tiles_gpu.lane_width(x.shape[3]) - x.shape[3])))
+  """`[B, S filled up, P · K, width filled up]` from `[B, S, K, width]`."""
+  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, _tiles_gpu.lane_width(x.shape[3]) - x.shape[3])))
   return jnp.concatenate(launch.pieces(x, plan.launches.pieces, dtype), axis=2)
 
 
@@ -70,7 +81,7 @@ def forward(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule) ->
   call = _call(problem, plan, plan.launches.forward, unit)
   q, k, v = (_lay_out(x, plan, call.dtype) for x in (problem.q, problem.k, problem.v))
   out, lse = hopper.forward(call, q, k, v, logits, visits.forward)
-  return out[..., :problem.value_width].astype(problem.v.dtype), lse[:, :, :problem.queries].transpose(0, 2, 1)
+  return out[:, :problem.queries, :, :problem.value_width].astype(problem.v.dtype), lse[:, :, :problem.queries].transpose(0, 2, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "wanted"))
@@ -92,7 +103,7 @@ def cotangent(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule, 
     (dv,), _ = hopper.dkv(of_dkv, residuals, logits, visits.dkv, (), (False, True))
   else:
     (dk, dv), key_sums = hopper.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key))
-  cut = lambda x, like: x[..., :like.shape[-1]].astype(like.dtype)
+  cut = lambda x, like: x[:, :like.shape[1], :, :like.shape[3]].astype(like.dtype)
 
   leaves = jax.tree.leaves(problem.logits)
   grads = {n: _sum_to(sums[:, :, :problem.queries, None], leaves[n]) for n, sums in zip(by_query, query_sums)}

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import schedule, softmax
-from . import launch, leaves
+from . import launch, leaves, lookup
 
 
 class TileGradients(NamedTuple):
@@ -36,13 +36,18 @@ def tile_gradients(call: launch.Call, logits: Any, tiles: list[Any], window: lea
 
   Functions are called where they are needed, and not before: a thread has few registers.
   """
+  take = lookup.Replay(call.take)
+
   def scores(qk, given):
     filled = list(tiles)
     for number, x in zip(wanted, given):
       filled[number] = x
-    return call.scores(logits, filled, window, qk, masked)
+    return call.scores(logits, filled, window, qk, masked, take)
 
   given = [x if jnp.ndim(x) else window.everywhere(x) for x in (tiles[n] for n in wanted)]
+  if any(isinstance(x, leaves.Table) for x in tiles):
+    scores(qk, given)
+    take.ready = True
   s, pull = jax.vjp(scores, qk, given)
   p = softmax.probabilities(s, lse(), call.weight)
   drop = functools.partial(call.drop, logits, tiles)
@@ -111,7 +116,7 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
       plgpu.copy_smem_to_gmem(out_tile, dq_ref.at[batch, mine, head])
       plgpu.wait_smem_to_gmem(0)
 
-  outs = [jax.ShapeDtypeStruct((batch, call.queries, call.heads, width), out_dtype),
+  outs = [jax.ShapeDtypeStruct((batch, residuals.q.shape[1], call.heads, width), out_dtype),
           *(jax.ShapeDtypeStruct((batch, call.heads, tiles * rows), jnp.float32) for _ in wanted)]
   matrix = functools.partial(launch.matrix, dtype)
   scratch = launch.rings(call, warpgroups, k=(columns, width), v=(columns, value_width)) | dict(
@@ -255,7 +260,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
         plgpu.copy_smem_to_gmem(out_tile, grad_refs[which].at[batch, mine, kv_head])
         plgpu.wait_smem_to_gmem(0)
 
-  outs = [*(jax.ShapeDtypeStruct((batch, call.keys, call.kv_heads, w), out_dtype) for w in widths),
+  outs = [*(jax.ShapeDtypeStruct((batch, residuals.k.shape[1], call.kv_heads, w), out_dtype) for w in widths),
           *(jax.ShapeDtypeStruct((batch, call.heads, tiles * columns), jnp.float32) for _ in wanted)]
   matrix = functools.partial(launch.matrix, dtype)
   scratch = launch.rings(call, warpgroups, 1, q=(rows, width), dout=(rows, value_width)) | dict(

@@ -90,7 +90,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
       plgpu.copy_smem_to_gmem(out_tile, out_ref.at[batch, pl.ds(row, launch.WARPGROUP_ROWS), head])
       plgpu.wait_smem_to_gmem(0)
 
-  outs = [jax.ShapeDtypeStruct((batch, call.queries, call.heads, value_width), out_dtype),
+  outs = [jax.ShapeDtypeStruct((batch, q.shape[1], call.heads, value_width), out_dtype),
           jax.ShapeDtypeStruct((batch, call.heads, tiles * rows), jnp.float32)]
   matrix = functools.partial(launch.matrix, call.dtype)
   scratch = launch.rings(call, warpgroups, k=(columns, width), v=(columns, value_width)) | dict(
