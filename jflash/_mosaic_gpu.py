@@ -13,6 +13,7 @@ from pallas_kernels import hopper, products, schedule, softmax
 from pallas_kernels.hopper import launch
 
 from . import _plan, _tiles_gpu, _xla
+from ._batching import fold_into_batch
 from ._logits import Logits
 from ._problem import Problem
 from ._program import programs
@@ -77,10 +78,18 @@ def _unit(logits: Logits) -> tuple[float, Logits]:
 @functools.partial(jax.jit, static_argnames="plan")
 def forward(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule) -> tuple[Any, Any]:
   """`(out [B, T, N, E], lse [B, T, N])`."""
+  def run(qkv, others):
+    logits, visits = others
+    return _forward(Problem(*qkv, logits), visits, plan), []
+
+  return fold_into_batch(run, problem.batch, (problem.q, problem.k, problem.v), (problem.logits, visits.forward))[0]
+
+
+def _forward(problem: Problem, visits: schedule.RowVisits, plan: _plan.Plan) -> tuple[Any, Any]:
   unit, logits = _unit(problem.logits)
   call = _call(problem, plan, plan.launches.forward, unit)
   q, k, v = (_lay_out(x, plan, call.dtype) for x in (problem.q, problem.k, problem.v))
-  out, lse = hopper.forward(call, q, k, v, logits, visits.forward)
+  out, lse = hopper.forward(call, q, k, v, logits, visits)
   return out[:, :problem.queries, :, :problem.value_width].astype(problem.v.dtype), lse[:, :, :problem.queries].transpose(0, 2, 1)
 
 
@@ -88,6 +97,17 @@ def forward(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule) ->
 def cotangent(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule, out: Any, lse: Any, dout: Any, dlse: Any,
               wanted: tuple[bool, ...]) -> tuple[Any, Any, Any, list[Any]]:
   """(dq, dk, dv, gradients of those leaves of `logits` that are `wanted`)."""
+  def run(whole, others):
+    (q, k, v, *rest), (logits, visits) = whole, others
+    return _cotangent(Problem(q, k, v, logits), visits, *rest, plan=plan, wanted=wanted)
+
+  (dq, dk, dv), grads = fold_into_batch(run, problem.batch, (problem.q, problem.k, problem.v, out, lse, dout, dlse),
+                                        (problem.logits, visits), [n for n, w in enumerate(wanted) if w])
+  return dq, dk, dv, grads
+
+
+def _cotangent(problem: Problem, visits: _plan.LaunchSchedule, out: Any, lse: Any, dout: Any, dlse: Any, plan: _plan.Plan,
+               wanted: tuple[bool, ...]) -> tuple[tuple[Any, Any, Any], list[Any]]:
   unit, logits = _unit(problem.logits)
   launches = plan.launches
   of_dq, of_dkv = (_call(problem, plan, of, unit) for of in (launches.dq, launches.dkv))
@@ -111,7 +131,7 @@ def cotangent(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule, 
   grads |= {n: hopper.tile_gradient(of_dq, residuals, logits, n, visits.dq_kinds).astype(leaves[n].dtype) for n in by_both}
   if others:
     grads |= _in_plain_jax(problem, others, out, lse, dout, dlse)
-  return cut(dq, problem.q), cut(dk, problem.k), cut(dv, problem.v), [grads[n] for n, w in enumerate(wanted) if w]
+  return (cut(dq, problem.q), cut(dk, problem.k), cut(dv, problem.v)), [grads[n] for n, w in enumerate(wanted) if w]
 
 
 def _by_axes(problem: Problem, wanted: tuple[bool, ...]) -> tuple[list[int], list[int], list[int], list[int]]:
