@@ -95,11 +95,6 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
         plgpu.copy_smem_to_gmem(out_tile, out_ref.at[batch, mine, head])
         plgpu.wait_smem_to_gmem(0)
 
-      if not call.masked:
-        leave()
-        return
-      mend.meet(getattr(memory, "through", None))
-
       def again():
         _, walk = find_walk()
         first = pl.ds(0, mend.KEYS)
@@ -120,7 +115,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
         mend.by_columns(value_width, compute, lambda column, x: mend.store(
             x, memory.mended_tile.at[warpgroup], out_ref.at[batch, mine, head, pl.ds(column, mend.WIDTH)]))
 
-      lax.cond(mend.wanted(state.acc), again, leave)
+      mend.leave_or(call, memory, leave, again, state.acc)
 
   outs = [jax.ShapeDtypeStruct((batch, q.shape[1], call.heads, value_width), out_dtype),
           jax.ShapeDtypeStruct((batch, call.heads, tiles * rows), jnp.float32)]

@@ -231,13 +231,12 @@ class Walk(NamedTuple):
   """The lists of visits in global memory, flat, and where those of one row of tiles are."""
 
   tiles: Any
-  base: Any
   start: Any
   count: Any
   partial: Any
 
   def tile(self, n: Any) -> Any:
-    return self.tiles[self.base + self.start + n]
+    return self.tiles[self.start + n]
 
 
 def walk(visits: schedule.RowVisits, refs: Any, batch: Any, kv_head: Any, n: Any) -> tuple[Any, Walk]:
@@ -247,7 +246,8 @@ def walk(visits: schedule.RowVisits, refs: Any, batch: Any, kv_head: Any, n: Any
   number = (batch * lists[1] if lists[0] > 1 else 0) + (kv_head if lists[1] > 1 else 0)
   row = order[number * rows + n]
   start = starts[number * (rows + 1) + row]
-  return row, Walk(tiles, number * length, start, starts[number * (rows + 1) + row + 1] - start, partial[number * rows + row])
+  count = starts[number * (rows + 1) + row + 1] - start
+  return row, Walk(tiles, number * length + start, count, partial[number * rows + row])
 
 
 def flat(visits: schedule.RowVisits) -> list[Any]:

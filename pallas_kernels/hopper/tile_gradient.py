@@ -92,7 +92,7 @@ def tile_gradient(call: launch.Call, residuals: launch.Residuals, logits: Any, w
 
         def gradient(s, dp):
           got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, call.masked, (wanted,), s,
-                               statistic(lse_ref), dp, statistic(delta_ref))
+                               statistic(lse_ref), dp, statistic(delta_ref), hide=call.masked)
           return got.dleaves[0]
 
         queries.wait(n)
