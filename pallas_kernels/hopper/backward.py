@@ -77,10 +77,9 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
   def kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, **scratch):
     visit_refs, leaf_refs, (dq_ref, *dleaf_refs) = refs[:4], refs[4:4 + count], refs[4 + count:]
     memory = types.SimpleNamespace(**scratch)
-    batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+    batch, head, warpgroup = launch.place()
     kv_head = lax.div(head, call.groups)
-    find_walk = lambda: launch.walk(visits, visit_refs, batch, kv_head, lax.axis_index("tile"))
-    number, walk = find_walk()
+    number, walk = launch.walk(visits, visit_refs, batch, kv_head)
     keys = launch.Ring(memory.k_tiles, memory.k_full, memory.k_empty, stages)
     values = launch.Ring(memory.v_tiles, memory.v_full, memory.v_empty, stages)
 
@@ -98,38 +97,49 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
       for piece in range(call.pieces):
         for source, tile in ((q_ref, q_tile), (dout_ref, dout_tile)):
           plgpu.copy_gmem_to_smem(source.at[batch, mine, piece * call.heads + head], tile.at[piece], loaded)
-      lse, delta = (plgpu.load(ref.at[batch, head, mine], layout=leaves.WGMMA.reduce(1), optimized=False)
-                    for ref in (lse_ref, delta_ref))
+
+      def statistics(batch, head, row):
+        return tuple(plgpu.load(ref.at[batch, head, pl.ds(row, height)], layout=leaves.WGMMA.reduce(1), optimized=False)
+                     for ref in (lse_ref, delta_ref))
+
+      of_rows = lse, delta = statistics(batch, head, row)
       plgpu.barrier_wait(loaded)
 
-      def gradients(row, key, qk, dp, sums, masked, hide=False):
+      def gradients(batch, head, row, key, qk, dp, sums, masked, hide=False, of_rows=of_rows):
         """(d(q·k), sums over keys) with the keys from `key` on."""
         window = leaves.Window(batch, head, row, key, *qk.shape)
         got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, masked, wanted, qk,
-                             lambda: window.along_rows(lse), dp, lambda: window.along_rows(delta), hide)
+                             lambda: window.along_rows(of_rows[0]), dp, lambda: window.along_rows(of_rows[1]), hide)
         return got.dqk, tuple(total + call.rows.sum(x) for total, x in zip(sums, got.dleaves))
 
       step = functools.partial(
-          _dq_step, call, lambda n, *args: gradients(row, walk.tile(n) * columns, *args),
+          _dq_step, call, lambda n, *args: gradients(batch, head, row, walk.tile(n) * columns, *args),
           lambda: lax.broadcast_in_dim(delta, (height, columns), [0]), q_tile, dout_tile, keys, values,
           memory.ds.at[warpgroup] if "ds" in scratch else None)
       zeros = lambda *shape: launch.in_layout(jnp.zeros(shape, jnp.float32), None if len(shape) == 2 else 1)
       no_sums = tuple(zeros(height) for _ in wanted)
       acc, sums = launch.visit_all(call, walk, step, (zeros(height, width), no_sums))
 
+      def place():
+        batch, head, warpgroup = launch.place(visit_refs[1][0])
+        kv_head = lax.div(head, call.groups)
+        number, walk = launch.walk(visits, visit_refs, batch, kv_head)
+        return batch, head, kv_head, warpgroup, number * rows + warpgroup * height, walk
+
       def leave():
-        mine = pl.ds(find_walk()[0] * rows + warpgroup * height, height)
+        batch, head, _, warpgroup, row, _ = place()
+        mine = pl.ds(row, height)
         for ref, total in zip(dleaf_refs, sums):
           ref.at[batch, head, mine][...] = total
-        out_tile = memory.out.at[warpgroup] if "out" in scratch else q_tile.at[0]
+        out_tile = memory.out.at[warpgroup] if "out" in scratch else memory.q.at[warpgroup, 0]
         out_tile[...] = (acc * call.unit).astype(out_dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_tile, dq_ref.at[batch, mine, head])
         plgpu.wait_smem_to_gmem(0)
 
       def again():
-        number, walk = find_walk()
-        row = number * rows + warpgroup * height
+        batch, head, kv_head, warpgroup, row, walk = place()
+        lse, delta = statistics(batch, head, row)
         few = pl.ds(0, mend.KEYS)
         tiles = [lambda piece, tiles=tiles: tiles.at[warpgroup, piece, few] for tiles in (memory.k_tiles, memory.v_tiles)]
 
@@ -139,9 +149,9 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
             places = [(batch, pl.ds(key, mend.KEYS), piece * call.kv_heads + kv_head) for piece in range(call.pieces)]
             mend.load([ref.at[x] for ref in (k_ref, v_ref) for x in places],
                       [tile(piece) for tile in tiles for piece in range(call.pieces)], memory.mended.at[warpgroup])
-            s, dp = mend.two_products(call, (q_tile, dout_tile), tiles)
+            s, dp = mend.two_products(call, (memory.q.at[warpgroup], memory.dout.at[warpgroup]), tiles)
             less = dp if call.dropped else dp - lax.broadcast_in_dim(delta, dp.shape, [0])
-            ds, sums = gradients(row, key, s, lambda: less, sums, True, True)
+            ds, sums = gradients(batch, head, row, key, s, lambda: less, sums, True, True, (lse, delta))
             right = lambda piece: memory.k_tiles.at[warpgroup, piece, few, pl.ds(column, mend.WIDTH)]
             for piece in range(call.pieces):
               mend.clean(right(piece))
@@ -243,9 +253,8 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
     visit_refs, leaf_refs, refs = refs[:4], refs[4:4 + count], refs[4 + count:]
     grad_refs, dleaf_refs = refs[:len(widths)], refs[len(widths):]
     memory = types.SimpleNamespace(**scratch)
-    batch, kv_head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
-    find_walk = lambda: launch.walk(visits, visit_refs, batch, kv_head, lax.axis_index("tile"))
-    number, walk = find_walk()
+    batch, kv_head, warpgroup = launch.place()
+    number, walk = launch.walk(visits, visit_refs, batch, kv_head)
     queries = launch.Ring(memory.q_tiles, memory.q_full, memory.q_empty, stages)
     douts = launch.Ring(memory.dout_tiles, memory.dout_full, memory.dout_empty, stages)
 
@@ -277,7 +286,12 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
         load = lambda: plgpu.load(ref.at[slot, pl.ds(0, size)], layout=leaves.WGMMA.reduce(0))
         return lambda: lax.broadcast_in_dim(load(), (height, size), [1])
 
-      def gradients(column, head, row, slot, qk, dp, sums, masked, hide=False):
+      def place():
+        batch, kv_head, warpgroup = launch.place(visit_refs[1][0])
+        number, walk = launch.walk(visits, visit_refs, batch, kv_head)
+        return batch, kv_head, warpgroup, number * columns + warpgroup * height, walk
+
+      def gradients(batch, column, head, row, slot, qk, dp, sums, masked, hide=False):
         """(Pᵀ after dropout, d(q·k)ᵀ, sums over queries) of a head's queries from `row` on, with statistics at `slot`."""
         window = leaves.Window(batch, head, row, column, qk.shape[1], height, transposed=True)
         got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, masked, wanted, qk,
@@ -285,15 +299,17 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
         return got.drop(got.p), got.dqk, tuple(total + call.rows.sum(x) for total, x in zip(sums, got.dleaves))
 
       zeros = lambda *shape: launch.in_layout(jnp.zeros(shape, jnp.float32), None if len(shape) == 2 else 1)
-      written = (lambda part: [ref.at[warpgroup, :, :, part] for ref in (memory.ds, memory.p)]) if "p" in scratch else (
-          lambda part: [None, None])
+      written = (lambda warpgroup, part: [ref.at[warpgroup, :, :, part] for ref in (memory.ds, memory.p)]) if "p" in scratch else (
+          lambda warpgroup, part: [None, None])
 
-      def of_groups(visit_group, accs):
+      def of_groups(kv_head, visit_group, accs):
         """`visit_group(head, g, (accs, sums))` for all query heads; their sums are left, the others go on."""
         def of_group(g, accs):
           accs, sums = visit_group(kv_head * groups + g, g, (accs, tuple(zeros(height) for _ in wanted)))
-          for ref, total in zip(dleaf_refs, sums):
-            ref.at[batch, kv_head * groups + g, pl.ds(find_walk()[0] * columns + warpgroup * height, height)][...] = total
+          if wanted:
+            batch, kv_head_here, _, column, _ = place()
+            for ref, total in zip(dleaf_refs, sums):
+              ref.at[batch, kv_head_here * groups + g, pl.ds(column, height)][...] = total
           return accs, sums
         if groups == 1:
           return of_group(0, accs)
@@ -303,24 +319,25 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
       def visit_group(head, g, carry):
         slot = lambda n: queries.slot(g * walk.count + n)
         step = functools.partial(
-            _dkv_step, call, of, lambda n, *args: gradients(column, head, walk.tile(n) * rows, slot(n), *args),
-            lambda n: statistic(memory.delta, slot(n)), k_tile, v_tile, queries, douts, g * walk.count, written(pl.ds(0, rows)))
+            _dkv_step, call, of, lambda n, *args: gradients(batch, column, head, walk.tile(n) * rows, slot(n), *args),
+            lambda n: statistic(memory.delta, slot(n)), k_tile, v_tile, queries, douts, g * walk.count, written(warpgroup, pl.ds(0, rows)))
         return launch.visit_all(call, walk, step, carry)
 
-      accs, sums = of_groups(visit_group, tuple(zeros(height, w) for w in widths))
+      accs, sums = of_groups(kv_head, visit_group, tuple(zeros(height, w) for w in widths))
 
       def leave():
-        mine = pl.ds(find_walk()[0] * columns + warpgroup * height, height)
+        batch, kv_head, warpgroup, column, _ = place()
+        mine = pl.ds(column, height)
         for which, (acc, unit) in enumerate(zip(accs, units)):
-          out_tile = memory.out.at[warpgroup, :, pl.ds(0, acc.shape[1])] if "out" in scratch else k_tile.at[0]
+          out_tile = memory.out.at[warpgroup, :, pl.ds(0, acc.shape[1])] if "out" in scratch else memory.k.at[warpgroup, 0]
           out_tile[...] = (acc * unit).astype(out_dtype)
           plgpu.commit_smem()
           plgpu.copy_smem_to_gmem(out_tile, grad_refs[which].at[batch, mine, kv_head])
           plgpu.wait_smem_to_gmem(0)
 
       def again():
-        number, walk = find_walk()
-        column = number * columns + warpgroup * height
+        batch, kv_head, warpgroup, column, walk = place()
+        k_tile, v_tile = memory.k.at[warpgroup], memory.v.at[warpgroup] if of[0] else None
         few = pl.ds(0, mend.KEYS)
         tiles = [lambda piece, tiles=tiles: tiles.at[warpgroup, piece, few] for tiles in (memory.q_tiles, memory.dout_tiles)]
 
@@ -341,15 +358,15 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
                 mend.load(sources, into, memory.mended.at[warpgroup])
                 s, dp = mend.two_products(call, (k_tile, v_tile), tiles)
                 less = dp if call.dropped else dp - statistic(memory.delta, warpgroup, mend.KEYS)()
-                p, ds, sums = gradients(column, head, row, warpgroup, s, lambda: less, sums, True, True)
+                p, ds, sums = gradients(batch, column, head, row, warpgroup, s, lambda: less, sums, True, True)
                 right = lambda piece: right_tiles.at[warpgroup, piece, few, pl.ds(first, mend.WIDTH)]
                 if of_keys:
                   for piece in range(call.pieces):
                     mend.clean(right(piece))
-                return tuple(launch.accumulate(call, [acc], [ds if of_keys else p], [right], [written(few)[0 if of_keys else 1]])), sums
+                return tuple(launch.accumulate(call, [acc], [ds if of_keys else p], [right], [written(warpgroup, few)[0 if of_keys else 1]])), sums
               return mend.visit_all(walk, rows, visit, carry)
 
-            (acc,), _ = of_groups(visit_group, (zeros(height, mend.WIDTH),))
+            (acc,), _ = of_groups(kv_head, visit_group, (zeros(height, mend.WIDTH),))
             return acc * units[which]
 
           mend.by_columns(widths[which], compute, lambda first, x: mend.store(

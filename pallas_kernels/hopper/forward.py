@@ -46,10 +46,13 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
 
   def kernel(q_ref, k_ref, v_ref, *refs, **scratch):
     visit_refs, leaf_refs, (out_ref, lse_ref) = refs[:4], refs[4:4 + count], refs[4 + count:]
-    batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
-    kv_head = lax.div(head, call.groups)
-    find_walk = lambda: launch.walk(visits, visit_refs, batch, kv_head, lax.axis_index("tile"))
-    number, walk = find_walk()
+    def place(zero=0):
+      batch, head, warpgroup = launch.place(zero)
+      kv_head = lax.div(head, call.groups)
+      number, walk = launch.walk(visits, visit_refs, batch, kv_head)
+      return batch, head, kv_head, warpgroup, number * rows + warpgroup * launch.WARPGROUP_ROWS, walk
+
+    batch, head, kv_head, warpgroup, row, walk = place()
     memory = types.SimpleNamespace(**scratch)
     keys = launch.Ring(memory.k_tiles, memory.k_full, memory.k_empty, stages)
     values = launch.Ring(memory.v_tiles, memory.v_full, memory.v_empty, stages)
@@ -62,14 +65,13 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
     @pl.when(warpgroup < warpgroups)
     def _():
       launch.share_registers(warpgroups, loads=False)
-      row = number * rows + warpgroup * launch.WARPGROUP_ROWS
       q_tile, q_loaded = memory.q.at[warpgroup], memory.q_loaded.at[warpgroup]
       for piece in range(call.pieces):
         plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, launch.WARPGROUP_ROWS), piece * call.heads + head], q_tile.at[piece],
                                 q_loaded)
       plgpu.barrier_wait(q_loaded)
 
-      def weights(row, key, qk, m, total, masked):
+      def weights(batch, head, row, key, qk, m, total, masked):
         """(m, total, shrink, P after dropout, 1 for what is seen) with the keys from `key` on."""
         window = leaves.Window(batch, head, row, key, *qk.shape)
         tiles = call.tiles_of(logits, leaf_refs, window)
@@ -82,21 +84,24 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
           jnp.zeros((launch.WARPGROUP_ROWS, value_width), jnp.float32)))
       attend = _overlapped if call.overlapped else _in_turn
       tiles = Tiles(q_tile, keys, values, getattr(memory, "p", None), getattr(memory, "turn", None))
-      state = attend(call, tiles, warpgroup, walk, functools.partial(weights, row), start)
+      state = attend(call, tiles, warpgroup, walk, functools.partial(weights, batch, head, row), start)
       out, lse = softmax.finish(state, call.rows, call.unit)
-      row = find_walk()[0] * rows + warpgroup * launch.WARPGROUP_ROWS  # read again: no registers are left to keep it in
-      mine = pl.ds(row, launch.WARPGROUP_ROWS)
-      lse_ref.at[batch, head, mine][...] = lse
+
+      def leave_lse():
+        batch, head, _, _, row, _ = place(visit_refs[1][0])
+        lse_ref.at[batch, head, pl.ds(row, launch.WARPGROUP_ROWS)][...] = lse
 
       def leave():
-        out_tile = memory.out.at[warpgroup] if "out" in scratch else q_tile.at[0]
+        batch, head, _, warpgroup, row, _ = place(visit_refs[1][0])
+        out_tile = memory.out.at[warpgroup] if "out" in scratch else memory.q.at[warpgroup, 0]
         out_tile[...] = out.astype(out_dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_tile, out_ref.at[batch, mine, head])
+        plgpu.copy_smem_to_gmem(out_tile, out_ref.at[batch, pl.ds(row, launch.WARPGROUP_ROWS), head])
         plgpu.wait_smem_to_gmem(0)
 
       def again():
-        _, walk = find_walk()
+        batch, head, kv_head, warpgroup, row, walk = place(visit_refs[1][0])
+        q_tile, mine = memory.q.at[warpgroup], pl.ds(row, launch.WARPGROUP_ROWS)
         first = pl.ds(0, mend.KEYS)
         k_tile = lambda piece: memory.k_tiles.at[warpgroup, piece, first]
         v_tile = lambda piece: memory.v_tiles.at[warpgroup, piece, first]
@@ -110,11 +115,12 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
                                 plgpu.ACC((launch.WARPGROUP_ROWS, mend.KEYS), jnp.float32))
 
         narrow = launch.in_layout(jnp.zeros((launch.WARPGROUP_ROWS, mend.WIDTH), jnp.float32))
-        compute = mend.attend_again(call, walk, functools.partial(weights, row), scores, v_columns, memory.p.at[warpgroup, :, :, first] if "p" in scratch else None,
+        compute = mend.attend_again(call, walk, functools.partial(weights, batch, head, row), scores, v_columns, memory.p.at[warpgroup, :, :, first] if "p" in scratch else None,
                                     start._replace(acc=narrow))
         mend.by_columns(value_width, compute, lambda column, x: mend.store(
             x, memory.mended_tile.at[warpgroup], out_ref.at[batch, mine, head, pl.ds(column, mend.WIDTH)]))
 
+      leave_lse()
       mend.leave_or(call, memory, leave, again, state.acc)
 
   outs = [jax.ShapeDtypeStruct((batch, q.shape[1], call.heads, value_width), out_dtype),

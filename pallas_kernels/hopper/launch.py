@@ -239,12 +239,21 @@ class Walk(NamedTuple):
     return self.tiles[self.start + n]
 
 
-def walk(visits: schedule.RowVisits, refs: Any, batch: Any, kv_head: Any, n: Any) -> tuple[Any, Walk]:
-  """The row of tiles that is the n-th longest, and its visits."""
+def place(zero: Any = 0) -> tuple[Any, Any, Any]:
+  """(batch element, head, warpgroup) of this thread.
+
+  With a 0 that was read from memory they are computed anew: the compiler cannot know that it could have kept them, and all that
+  follows from them, in registers over a loop that has none to spare.
+  """
+  return tuple(lax.axis_index(name) + zero for name in ("batch", "head", "warpgroup"))  # type: ignore[return-value]
+
+
+def walk(visits: schedule.RowVisits, refs: Any, batch: Any, kv_head: Any) -> tuple[Any, Walk]:
+  """The row of tiles that this thread block has, and its visits; the longest rows come first."""
   tiles, starts, partial, order = refs
   lists, (length, rows) = visits.tiles.shape[:2], (visits.tiles.shape[2], visits.partial.shape[2])
   number = (batch * lists[1] if lists[0] > 1 else 0) + (kv_head if lists[1] > 1 else 0)
-  row = order[number * rows + n]
+  row = order[number * rows + lax.axis_index("tile")]
   start = starts[number * (rows + 1) + row]
   count = starts[number * (rows + 1) + row + 1] - start
   return row, Walk(tiles, number * length + start, count, partial[number * rows + row])
