@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -84,13 +83,12 @@ def _no_cudnn() -> str | None:
   return _gpu.without_cudnn()
 
 
-_ALL = (
+_BACKENDS = (
     Backend("tpu", "._tpu", _no_tpu, _plan.plan_tpu, lambda: None),
     Backend("mosaic_gpu", "._mosaic_gpu", _no_hopper, lambda problem: _plan.plan_mosaic_gpu(problem),  # type: ignore[attr-defined]
             _gpu.without_mosaic),
     Backend("cudnn", "._cudnn", _no_cudnn, _plan.plan_cudnn, tiled=False),
     Backend("xla", "._xla", lambda: None, _plan.plan_xla))
-_BACKENDS = tuple(backend for backend in _ALL if importlib.util.find_spec(backend.module, __package__))
 NAMES = tuple(backend.name for backend in _BACKENDS)  # in the order in which they are asked
 
 

@@ -7,6 +7,7 @@ that see nothing: here they are NaN.
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo as binding
 
-from jflash import _gpu, _plan
+from jflash import _cudnn, _gpu, _plan
 
 REAL = binding.dot_product_attention
 
@@ -31,14 +32,26 @@ class Seen(NamedTuple):
 
 
 def install(monkeypatch, capability=(8, 0), version=91400):
-  """An NVIDIA GPU with cuDNN, as far as `jflash` can tell; returns the list of calls to come."""
+  """An NVIDIA GPU with cuDNN, as far as `jflash` can tell; returns the calls to come, while they are traced."""
   calls: list[Seen] = []
-  monkeypatch.setattr(_plan, "platform", lambda: "gpu")
-  monkeypatch.setattr(_gpu, "capability", lambda: capability)
-  monkeypatch.setattr(_gpu, "cudnn_version", lambda: version)
-  monkeypatch.setattr(binding, "check_cudnn_version", lambda: version)
+  pretend(monkeypatch, capability, version)
   monkeypatch.setattr(binding, "dot_product_attention", functools.partial(_attention, calls))
   return calls
+
+
+def pretend(monkeypatch, capability=(8, 0), version=91400):
+  """The same with JAX's own binding: what can be traced and lowered, but not run."""
+  device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA GPU", compute_capability="{}.{}".format(*capability))
+  monkeypatch.setattr(_plan, "platform", lambda: "gpu")
+  monkeypatch.setattr(_gpu, "device", lambda: device)
+  monkeypatch.setattr(_gpu, "cudnn_version", lambda: version)
+  monkeypatch.setattr(binding, "check_cudnn_version", lambda: version)
+  # JAX keeps what it traced by function: these are new ones, so that nothing is shared with another test.
+  monkeypatch.setattr(_cudnn, "_refused_by_jax", _cudnn._refused_by_jax.__wrapped__)
+  for name in ("forward", "cotangent"):
+    inner = getattr(_cudnn, name).__wrapped__
+    monkeypatch.setattr(_cudnn, name, jax.jit(lambda *args, inner=inner, **kwargs: inner(*args, **kwargs),
+                                              static_argnums=1, static_argnames="wanted"))
 
 
 def _attention(calls, query, key, value, bias=None, mask=None, q_seqlen=None, kv_seqlen=None, *, scale, mask_type,
