@@ -61,7 +61,7 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
   Returns:
     `out [B, T, N, E]` in the inputs' dtype; with `return_residual` also `lse [B, T, N]`, float32 (float64 for float64), which
     is differentiable. A query that may see nothing has out 0, lse -inf and no gradient; what is not finite in a key or value that
-    the mask hides reaches neither out nor any gradient. Two runs give the same bits.
+    the mask hides reaches neither out nor any gradient. Two runs give the same bits (with "cudnn", out and lse do).
 
   Raises:
     ValueError, TypeError: shapes, dtypes or values that do not fit, with both sides named.

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.custom_batching import custom_vmap, sequential_vmap
+
+PLATFORM = "cuda"  # where the library is
 
 
 class Call(NamedTuple):
@@ -36,7 +39,7 @@ class Arrays(NamedTuple):
 
 def attend(call: Call, arrays: Arrays) -> tuple[Any, Any]:
   """`(out [B, T, N, H], lse [B, T, N])`."""
-  return _over_batches(functools.partial(_attend, call), arrays)
+  return _over_batches(_where_it_is(functools.partial(_attend, call)), arrays)
 
 
 def backward(call: Call, arrays: Arrays, dout: Any) -> tuple[Any, ...]:
@@ -44,7 +47,7 @@ def backward(call: Call, arrays: Arrays, dout: Any) -> tuple[Any, ...]:
 
   The forward pass is part of it; in one program with `attend` of the same arrays, XLA merges the two.
   """
-  return _over_batches(functools.partial(_backward, call), arrays, dout)
+  return _over_batches(_where_it_is(functools.partial(_backward, call)), arrays, dout)
 
 
 def _attend(call: Call, arrays: Arrays) -> tuple[Any, Any]:
@@ -66,6 +69,16 @@ def _backward(call: Call, arrays: Arrays, dout: Any) -> tuple[Any, ...]:
   moving = arrays._replace(lengths=None)
   pull: Any = jax.vjp(lambda moving: _attend(call, moving._replace(lengths=arrays.lengths))[0], moving)[1]
   return tuple(x for x in pull(dout)[0] if x is not None)
+
+
+def _where_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+  """`function`, or NaN where a program is compiled for a device without cuDNN, such as the CPU beside a GPU."""
+
+  def call(*args):
+    nothing = lambda: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(function, *args))
+    return lax.platform_dependent(**{PLATFORM: lambda: function(*args)}, default=nothing)
+
+  return call
 
 
 def _over_batches(function: Callable[..., Any], arrays: Arrays, *rest: Any) -> Any:

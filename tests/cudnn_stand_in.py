@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo as binding
 
-from jflash import _cudnn, _gpu, _plan
+from jflash import _cudnn, _cudnn_call, _gpu, _plan
 
 REAL = binding.dot_product_attention
 
@@ -35,6 +35,7 @@ def install(monkeypatch, capability=(8, 0), version=91400):
   """An NVIDIA GPU with cuDNN, as far as `jflash` can tell; returns the calls to come, while they are traced."""
   calls: list[Seen] = []
   pretend(monkeypatch, capability, version)
+  monkeypatch.setattr(_cudnn_call, "PLATFORM", "cpu")
   monkeypatch.setattr(binding, "dot_product_attention", functools.partial(_attention, calls))
   return calls
 

@@ -151,6 +151,9 @@ def test_what_it_is_told(calls):
   attend(q, k, v, scale=0.3, local_window_size=(5, 0))
   assert set(calls) == {cudnn_stand_in.Seen(q.shape, "CAUSAL", 6, 0.3, lengths=False, bias=False)}  # 5, and its own
   calls.clear()
+  attend(q, k, v, local_window_size=(22, 0))
+  assert {call.window for call in calls} == {23}, "the last of 24 queries does not see the first key"
+  calls.clear()
   attend(q, k, v, local_window_size=(23, 0), mask=masks.Window(2**20))
   assert set(calls) == {cudnn_stand_in.Seen(q.shape, "CAUSAL", None, 0.25, lengths=False, bias=False)}, "wider than the queries"
 

@@ -72,6 +72,15 @@ def test_a_bias_lowers_for_cuda(real):
   assert targets == {"fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"}
 
 
+@pytest.mark.parametrize("kwargs", [{"is_causal": True}, {"key_value_seq_lengths": np.array([0, 17])}], ids=["causal", "lengths"])
+def test_on_the_cpu_beside_a_gpu_plain_jax_computes(kwargs, real):
+  """Arrays that are committed to a CPU compute there, whatever the default device is."""
+  def run(name):
+    (out, lse), pull = jax.vjp(lambda *x: jflash.attention(*x, **kwargs, implementation=name, return_residual=True), *draw())
+    return out, lse, pull((out, jnp.where(lse == -jnp.inf, 0, lse)))
+  jax.tree.map(np.testing.assert_array_equal, run(None), run("xla"))
+
+
 # What it refuses ------------------------------------------------------------------------------------------------------
 
 
