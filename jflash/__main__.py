@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1
   kinds = [device.device_kind for device in devices]
   counted = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
-  print(f"devices  {counted} ({_plan.platform()})")
+  print(f"{'devices':<10} {counted} ({_plan.platform()})")
 
   reasons = {name: why_not(name) for name in _backends.NAMES}
   for name, reason in reasons.items():

@@ -67,12 +67,10 @@ def _no_nvidia() -> str | None:
 
 
 def _no_hopper() -> str | None:
-  if reason := _no_nvidia():
-    return f"{reason}; {_INTERPRET}"
-  if _gpu.capability() != (9, 0):
-    return (f"its kernels are for Hopper (sm_90) and this is {_gpu.name()}; use 'cudnn' where it takes the arguments, or 'xla'; "
-            f"{_INTERPRET}")
-  return _gpu.without_mosaic()
+  reason = _no_nvidia()
+  if reason is None and _gpu.capability() != (9, 0):
+    reason = f"its kernels are for Hopper (sm_90) and this is {_gpu.name()}; use 'cudnn' where it takes the arguments, or 'xla'"
+  return f"{reason}; {_INTERPRET}, from JAX {_gpu.MOSAIC_NEEDS} on" if reason else _gpu.without_mosaic()
 
 
 def _no_cudnn() -> str | None:

@@ -1,7 +1,7 @@
 """Calling cuDNN's attention through JAX, as functions of arrays that `vmap` may map over.
 
 `jax.nn.dot_product_attention(implementation="cudnn")` would be public, but rounds lse to the dtype of query, so this calls what is
-beneath it. All that is known about its private API is in `attend`.
+beneath it. All that is known about that private API is in `_attend`.
 """
 
 from __future__ import annotations

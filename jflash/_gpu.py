@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-MOSAIC_NEEDS = (0, 11, 2)  # the first JAX whose Mosaic GPU has what the kernels use
+MOSAIC_NEEDS = "0.11.2"  # the first JAX whose Mosaic GPU has what the kernels use
 
 
 def device() -> Any:
@@ -50,9 +50,8 @@ def cudnn_version() -> int | None:
 
 def without_mosaic() -> str | None:
   """None, or why the installed JAX cannot make Mosaic GPU kernels."""
-  if jax.__version_info__[:3] < MOSAIC_NEEDS:
-    return (f"it needs JAX >= {'.'.join(map(str, MOSAIC_NEEDS))} and this is {jax.__version__}: pip install -U jax, which needs "
-            "Python >= 3.12")
+  if jax.__version_info__ < tuple(map(int, MOSAIC_NEEDS.split("."))):
+    return f"it needs JAX >= {MOSAIC_NEEDS} and this is {jax.__version__}: pip install -U jax, which needs Python >= 3.12"
   try:
     importlib.import_module("jax.experimental.pallas.mosaic_gpu")
   except Exception as error:

@@ -41,7 +41,7 @@ def test_all_is_right(one_case, computed, monkeypatch, capsys):
   assert report.main([]) == 0
   text = capsys.readouterr().out
   assert f"jflash {jflash.__version__}" in text and f"jax {jax.__version__}" in text
-  assert f"devices  {len(jax.devices())} x cpu" in text
+  assert f"devices    {len(jax.devices())} x cpu" in text
   assert "tpu        not here: it needs a TPU" in text and "xla        works" in text
   lines = [line for line in text.splitlines() if line.startswith("xla        grouped")]
   assert len(lines) == 1 and lines[0].endswith("ok")
