@@ -81,7 +81,7 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
   (rows, columns), stages, dtype = call.tiles, call.stages, call.dtype
   warpgroups, tiles = rows // launch.WARPGROUP_ROWS, -(-call.queries // rows)
   out_dtype = jnp.float32 if call.pieces > 1 else dtype
-  count, height = len(jax.tree.leaves(logits)), launch.WARPGROUP_ROWS
+  count, height, few_keys = len(jax.tree.leaves(logits)), launch.WARPGROUP_ROWS, min(mend.KEYS, columns)
 
   def kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, **scratch):
     visit_refs, leaf_refs, (dq_ref, *dleaf_refs) = refs[:4], refs[4:4 + count], refs[4 + count:]
@@ -149,13 +149,13 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
       def again():
         batch, head, kv_head, warpgroup, row, walk = place()
         lse, delta = statistics(batch, head, row)
-        few = pl.ds(0, mend.KEYS)
+        few = pl.ds(0, few_keys)
         tiles = [lambda piece, tiles=tiles: tiles.at[warpgroup, piece, few] for tiles in (memory.k_tiles, memory.v_tiles)]
 
         def compute(column):
           def visit(key, carry):
             acc, sums = carry
-            places = [(batch, pl.ds(key, mend.KEYS), piece * call.kv_heads + kv_head) for piece in range(call.pieces)]
+            places = [(batch, pl.ds(key, few_keys), piece * call.kv_heads + kv_head) for piece in range(call.pieces)]
             mend.load([ref.at[x] for ref in (k_ref, v_ref) for x in places],
                       [tile(piece) for tile in tiles for piece in range(call.pieces)], memory.mended.at[warpgroup])
             s, dp = mend.two_products(call, (memory.q.at[warpgroup], memory.dout.at[warpgroup]), tiles)
@@ -167,7 +167,7 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
             acc, = launch.accumulate(call, [acc], [ds], [right], [memory.ds.at[warpgroup, :, :, few] if "ds" in scratch else None])
             return acc, sums
 
-          acc, sums = mend.visit_all(walk, columns, visit, (zeros(height, mend.WIDTH), no_sums))
+          acc, sums = mend.visit_all(walk, columns, visit, (zeros(height, mend.WIDTH), no_sums), few_keys)
           for ref, total in zip(dleaf_refs, sums):
             ref.at[batch, head, pl.ds(row, height)][...] = total
           return acc * call.unit
@@ -179,8 +179,9 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
 
   outs = [jax.ShapeDtypeStruct((batch, residuals.q.shape[1], call.heads, width), out_dtype),
           *(jax.ShapeDtypeStruct((batch, call.heads, tiles * rows), jnp.float32) for _ in wanted)]
-  matrix = functools.partial(launch.matrix, dtype)
-  scratch = launch.rings(call, warpgroups, k=(columns, width), v=(columns, value_width)) | dict(
+  lanes = min(64, columns)
+  matrix = functools.partial(launch.matrix, dtype, lanes=lanes)
+  scratch = launch.rings(call, warpgroups, lanes=lanes, k=(columns, width), v=(columns, value_width)) | dict(
       q=matrix(warpgroups, call.pieces, height, width), dout=matrix(warpgroups, call.pieces, height, value_width),
       loaded=plgpu.Barrier(num_arrivals=2 * call.pieces, num_barriers=warpgroups))
   if out_dtype != dtype:

@@ -25,7 +25,7 @@ from .backward import tile_gradients, tile_weights
 
 _SHARERS = 2  # warpgroups that share a tile
 _HEIGHT = launch.WARPGROUP_ROWS
-_NARROW = 32  # columns; half a head is a multiple of it
+_PART = _HEIGHT // _SHARERS  # queries of a tile that one of them computes with; half a head is a multiple of it
 
 
 class Place(NamedTuple):
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: schedule.RowVisits,
         wanted: tuple[int, ...] = ()) -> tuple[list[Any], list[Any]]:
-  """As `backward.dkv`, for operands of one piece; query rows and key columns of tiles are multiples of 64."""
+  """As `backward.dkv`, for operands of one piece; tiles have 64 query rows, and key columns in multiples of 64."""
   (batch, _, _, width), value_width = residuals.q.shape, residuals.v.shape[3]
   (rows, columns), groups, count = call.tiles, call.groups, len(jax.tree.leaves(logits))
   tiles, parts = -(-call.keys // columns), columns // _HEIGHT
@@ -78,8 +78,8 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
       launch.share_registers(_SHARERS, loads=False)
       plgpu.barrier_wait(memory.loaded)
 
-      def each_head(visit_head, accs):
-        """`visit_head(g, (accs, sums))` for all heads; their sums are left, and what they add up to goes on with `accs`."""
+      def each_head(visit_head, accs, part=lambda total: total):
+        """`visit_head(g, (accs, sums))` for all heads; `part` of their sums is left, and what they add up to goes on with `accs`."""
         none = tuple(_zeros(_HEIGHT) for _ in wanted)
 
         def visit(g, carry):
@@ -88,7 +88,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
           if wanted:
             there = place(visit_refs[1][0])
             for ref, total in zip(dleaf_refs, sums):
-              ref.at[there.warpgroup, there.batch, there.kv_head * groups + g, pl.ds(there.column, _HEIGHT)][...] = total
+              ref.at[there.warpgroup, there.batch, there.kv_head * groups + g, pl.ds(there.column, _HEIGHT)][...] = part(total)
           return accs, tuple(a + b for a, b in zip(sums, before))
 
         return lax.fori_loop(0, groups, visit, (accs, none)) if groups > 1 else visit(0, (accs, none))
@@ -113,17 +113,67 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
             plgpu.copy_smem_to_gmem(tile.at[0], ref.at[there.batch, pl.ds(there.column, _HEIGHT), there.kv_head])
             plgpu.wait_smem_to_gmem(0)
 
-      leave()
+      def again():
+        there = place(visit_refs[1][0])
+        few, number = pl.ds(0, _PART), there.warpgroup
+        tiles = [lambda _, tiles=tiles: tiles.at[number, 0, few] for tiles in (memory.q_tiles, memory.dout_tiles)]
+        first_only = lambda total: jnp.where(lax.broadcast_in_dim(number, total.shape, []) == 0, total, 0.0)
+
+        def compute(of_keys, column):
+          def visit_head(g, carry):
+            head = there.kv_head * groups + g
+
+            def visit(row, carry):
+              (acc,), sums = carry
+              at = pl.ds(row, _PART)
+              mend.load([q_ref.at[there.batch, at, head], dout_ref.at[there.batch, at, head], lse_ref.at[there.batch, head, at],
+                         delta_ref.at[there.batch, head, at]],
+                        [tiles[0](0), tiles[1](0), memory.lse.at[number, few], memory.delta.at[number, few]], memory.mended.at[number])
+              s, dp = mend.two_products(call, (memory.k, memory.v), tiles)
+              window = leaves.Window(there.batch, head, row, there.column, _PART, _HEIGHT, transposed=True)
+              lse, delta = (window.along_rows(plgpu.load(ref.at[number, few], layout=leaves.WGMMA.reduce(0)))
+                            for ref in (memory.lse, memory.delta))
+              p, gradients = tile_weights(call, logits, call.tiles_of(logits, leaf_refs, window), window, True, wanted, s,
+                                          lambda: lse, hide=True)
+              got = gradients(lambda: dp if call.dropped else dp - delta, lambda: delta)
+              right = lambda _: tiles[0 if of_keys else 1](0).at[:, pl.ds(column, _PART)]
+              if of_keys:
+                mend.clean(memory.q_tiles.at[number, 0, :, pl.ds(column, _PART)])
+              acc, = launch.accumulate(call, [acc], [got.dqk if of_keys else p()], [right], [memory.p.at[number, pl.ds(0, 1)]])
+              return (acc,), tuple(total + call.rows.sum(x) for total, x in zip(sums, got.dleaves))
+
+            return mend.visit_all(there.walk, rows, visit, carry, _PART)
+
+          (acc,), _ = each_head(visit_head, (_zeros(_HEIGHT, _PART),), first_only)
+          return acc
+
+        for of_keys, ref, unit in ((True, dk_ref, call.unit), (False, dv_ref, 1.0)):
+          size = ref.shape[3] // _SHARERS
+
+          @pl.loop(0, size // _PART)
+          def _(n, of_keys=of_keys, ref=ref, unit=unit, size=size):
+            column = number * size + n * _PART
+            mend.store(compute(of_keys, column) * unit, memory.ds.at[number],
+                       ref.at[there.batch, pl.ds(there.column, _HEIGHT), there.kv_head, pl.ds(column, _PART)])
+
+      if not call.masked:
+        leave()
+      else:  # what one warpgroup leaves lies where the other would read: either both compute again, or none
+        memory.broken[here.warpgroup] = mend.wanted(*accs, *sums).astype(jnp.int32)
+        _meet(memory.met)
+        lax.cond(memory.broken[0] + memory.broken[1] > 0, again, leave)
 
   outs = [*(jax.ShapeDtypeStruct((batch, residuals.k.shape[1], call.kv_heads, w), call.dtype) for w in (width, value_width)),
           *(jax.ShapeDtypeStruct((_SHARERS, batch, call.heads, tiles * columns), jnp.float32) for _ in wanted)]
-  matrix = functools.partial(launch.matrix, call.dtype, lanes=_NARROW)
-  rings = functools.partial(launch.rings, call, _SHARERS, lanes=_NARROW)
+  matrix = functools.partial(launch.matrix, call.dtype, lanes=_PART)
+  rings = functools.partial(launch.rings, call, _SHARERS, lanes=_PART)
   both = lambda count=1: plgpu.Barrier(num_arrivals=_SHARERS, num_barriers=count)
   scratch = rings(2, q=(rows, width)) | rings(dout=(rows, value_width)) | dict(
       k=matrix(1, _HEIGHT, width), v=matrix(1, _HEIGHT, value_width), loaded=plgpu.Barrier(num_arrivals=2),
       lse=plgpu.SMEM((call.stages, rows), jnp.float32), delta=plgpu.SMEM((call.stages, rows), jnp.float32),
-      p=matrix(2, _HEIGHT, rows), ds=matrix(1, _HEIGHT, rows), met=both(), p_met=both())
+      p=matrix(2, _SHARERS, _HEIGHT, _PART), ds=matrix(_SHARERS, _HEIGHT, _PART), met=both(), p_met=both())
+  if call.masked:
+    scratch |= dict(broken=plgpu.SMEM((_SHARERS,), jnp.int32), mended=plgpu.Barrier(num_arrivals=4, num_barriers=_SHARERS))
   grid = {"head": call.kv_heads, "tile": tiles * parts, "batch": batch}
   ins = [*residuals, *launch.flat(visits), *call.stored(logits, (rows, columns), transposed=True)]
   dk, dv, *dleaves = call.launch(kernel, "jflash_dkv", grid, _SHARERS, ins, outs, scratch)
@@ -133,27 +183,31 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
 def _step(call: launch.Call, memory: Any, queries: launch.Ring, douts: launch.Ring, n: Any, at: Any, warpgroup: Any,
           window: leaves.Window, weights: Any, tiles_of: Any, carry: Any) -> Any:
   """Adds visit n of a head, number `at` of all."""
-  size = window.rows // _SHARERS
   mine = _half(warpgroup, window.rows)
-  window = window._replace(row=window.row + warpgroup * size, rows=size)
+  window = window._replace(row=window.row + warpgroup * _PART, rows=_PART)
   statistic = lambda ref: lambda: window.along_rows(plgpu.load(ref.at[queries.slot(at), mine], layout=leaves.WGMMA.reduce(0)))
-  columns_of = lambda tile: tile.at[:, _half(warpgroup, tile.shape[1])]
   queries.wait(at)
 
   def add(dk_ref, dv_ref, s_ref, dp_ref, dp, sums):
-    q, dout, p_tile, ds_tile = queries.tile(at, 0), douts.tile(at, 0), memory.p.at[at & 1], memory.ds.at[0]
+    q, dout, p_tile = queries.tile(at, 0), douts.tile(at, 0), memory.p.at[at & 1]
     plgpu.wgmma(s_ref, launch.kept(memory.k, n)(0), q.at[mine].transpose((1, 0)))
     douts.wait(at)
     plgpu.wgmma(dp_ref, launch.kept(memory.v, n)(0), dout.at[mine].transpose((1, 0)))
     p, gradients = weights(tiles_of(window), window, qk=plgpu.wgmma_accumulator_load(s_ref, wait_n=1), lse=statistic(memory.lse))
-    p_tile.at[:, mine][...] = p().astype(call.dtype)
-    _meet(memory.p_met)
-    plgpu.wgmma(dv_ref, p_tile, columns_of(dout))
-    got = gradients(lambda: dp(1), statistic(memory.delta))
-    ds_tile.at[:, mine][...] = got.dqk.astype(call.dtype)
-    _meet(memory.met)
-    plgpu.wgmma(dk_ref, ds_tile, columns_of(q))
+    share(p_tile, p(), memory.p_met)
+    multiply(dv_ref, p_tile, dout)
+    got = gradients(lambda: dp(_SHARERS), statistic(memory.delta))
+    share(memory.ds, got.dqk, memory.met)
+    multiply(dk_ref, memory.ds, q)
     return tuple(total + call.rows.sum(x) for total, x in zip(sums, got.dleaves))
+
+  def share(tile, x, barrier):
+    tile.at[warpgroup][...] = x.astype(call.dtype)
+    _meet(barrier)
+
+  def multiply(acc, left, right):
+    for part in range(_SHARERS):
+      plgpu.wgmma(acc, left.at[part], right.at[pl.ds(part * _PART, _PART), _half(warpgroup, right.shape[1])])
 
   carry = _run(call, add, window.shape, None if call.dropped else -statistic(memory.delta)(), *carry)
   queries.release(at)
