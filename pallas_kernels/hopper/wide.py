@@ -78,35 +78,36 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
       launch.share_registers(_SHARERS, loads=False)
       plgpu.barrier_wait(memory.loaded)
 
-      def each_head(visit_head, accs, part=lambda total: total):
-        """`visit_head(g, (accs, sums))` for all heads; `part` of their sums is left, and what they add up to goes on with `accs`."""
+      def each_head(visit_head, state, part=lambda total: total):
+        """`visit_head(g, (state, sums))` for all heads; `part` of their sums is left, and what they add up to comes with the state."""
         none = tuple(_zeros(_HEIGHT) for _ in wanted)
 
         def visit(g, carry):
-          accs, before = carry
-          accs, sums = visit_head(g, (accs, none))
+          state, before = carry
+          state, sums = visit_head(g, (state, none))
           if wanted:
             there = place(visit_refs[1][0])
             for ref, total in zip(dleaf_refs, sums):
               ref.at[there.warpgroup, there.batch, there.kv_head * groups + g, pl.ds(there.column, _HEIGHT)][...] = part(total)
-          return accs, tuple(a + b for a, b in zip(sums, before))
+          return state, tuple(a + b for a, b in zip(sums, before))
 
-        return lax.fori_loop(0, groups, visit, (accs, none)) if groups > 1 else visit(0, (accs, none))
+        return lax.fori_loop(0, groups, visit, (state, none)) if groups > 1 else visit(0, (state, none))
 
       def visit_head(g, carry):
         def step(n, carry, masked):
           window = leaves.Window(here.batch, here.kv_head * groups + g, here.walk.tile(n) * rows, here.column, rows, _HEIGHT, True)
-          return _step(call, memory, queries, douts, n, g * here.walk.count + n, here.warpgroup, window, functools.partial(
+          return _step(call, memory, queries, douts, n, here.warpgroup, window, functools.partial(
               tile_weights, call, logits, masked=masked, wanted=wanted), lambda part: call.tiles_of(logits, leaf_refs, part), carry)
         return launch.visit_all(call, here.walk, step, carry)
 
-      accs, sums = each_head(visit_head, (_zeros(_HEIGHT, width // _SHARERS), _zeros(_HEIGHT, value_width // _SHARERS)))
+      (*accs, _), sums = each_head(visit_head, (_zeros(_HEIGHT, width // _SHARERS), _zeros(_HEIGHT, value_width // _SHARERS),
+                                                jnp.int32(0)))
 
       def leave():
         there = place(visit_refs[1][0])
         for tile, acc, unit in zip((memory.k, memory.v), accs, (call.unit, 1.0)):
           tile.at[0, :, _half(there.warpgroup, 2 * acc.shape[1])][...] = (acc * unit).astype(call.dtype)
-        _meet(memory.met)
+        _meet(memory.met.at[0])
         for number, tile, ref in ((0, memory.k, dk_ref), (1, memory.v, dv_ref)):
           @pl.when(there.warpgroup == number)
           def _(tile=tile, ref=ref):
@@ -160,18 +161,17 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
         leave()
       else:  # what one warpgroup leaves lies where the other would read: either both compute again, or none
         memory.broken[here.warpgroup] = mend.wanted(*accs, *sums).astype(jnp.int32)
-        _meet(memory.met)
+        _meet(memory.met.at[0])
         lax.cond(memory.broken[0] + memory.broken[1] > 0, again, leave)
 
   outs = [*(jax.ShapeDtypeStruct((batch, residuals.k.shape[1], call.kv_heads, w), call.dtype) for w in (width, value_width)),
           *(jax.ShapeDtypeStruct((_SHARERS, batch, call.heads, tiles * columns), jnp.float32) for _ in wanted)]
   matrix = functools.partial(launch.matrix, call.dtype, lanes=_PART)
   rings = functools.partial(launch.rings, call, _SHARERS, lanes=_PART)
-  both = lambda count=1: plgpu.Barrier(num_arrivals=_SHARERS, num_barriers=count)
   scratch = rings(2, q=(rows, width)) | rings(dout=(rows, value_width)) | dict(
       k=matrix(1, _HEIGHT, width), v=matrix(1, _HEIGHT, value_width), loaded=plgpu.Barrier(num_arrivals=2),
       lse=plgpu.SMEM((call.stages, rows), jnp.float32), delta=plgpu.SMEM((call.stages, rows), jnp.float32),
-      p=matrix(2, _SHARERS, _HEIGHT, _PART), ds=matrix(_SHARERS, _HEIGHT, _PART), met=both(), p_met=both())
+      p=matrix(call.stages, _SHARERS, _HEIGHT, _PART), ds=matrix(_SHARERS, _HEIGHT, _PART), met=plgpu.Barrier(num_arrivals=_SHARERS, num_barriers=2))
   if call.masked:
     scratch |= dict(broken=plgpu.SMEM((_SHARERS,), jnp.int32), mended=plgpu.Barrier(num_arrivals=4, num_barriers=_SHARERS))
   grid = {"head": call.kv_heads, "tile": tiles * parts, "batch": batch}
@@ -180,24 +180,25 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
   return [dk, dv], [x.sum(axis=0) for x in dleaves]
 
 
-def _step(call: launch.Call, memory: Any, queries: launch.Ring, douts: launch.Ring, n: Any, at: Any, warpgroup: Any,
+def _step(call: launch.Call, memory: Any, queries: launch.Ring, douts: launch.Ring, n: Any, warpgroup: Any,
           window: leaves.Window, weights: Any, tiles_of: Any, carry: Any) -> Any:
-  """Adds visit n of a head, number `at` of all."""
+  """Adds visit n of a head; its tiles are in the ring's slot of that number, which comes with the sums."""
+  (*accs, slot), sums = carry
   mine = _half(warpgroup, window.rows)
   window = window._replace(row=window.row + warpgroup * _PART, rows=_PART)
-  statistic = lambda ref: lambda: window.along_rows(plgpu.load(ref.at[queries.slot(at), mine], layout=leaves.WGMMA.reduce(0)))
-  queries.wait(at)
+  statistic = lambda ref: lambda: window.along_rows(plgpu.load(ref.at[slot, mine], layout=leaves.WGMMA.reduce(0)))
+  queries.wait(slot)
 
   def add(dk_ref, dv_ref, s_ref, dp_ref, dp, sums):
-    q, dout, p_tile = queries.tile(at, 0), douts.tile(at, 0), memory.p.at[at & 1]
+    q, dout, p_tile = queries.tile(slot, 0), douts.tile(slot, 0), memory.p.at[slot]
     plgpu.wgmma(s_ref, launch.kept(memory.k, n)(0), q.at[mine].transpose((1, 0)))
-    douts.wait(at)
+    douts.wait(slot)
     plgpu.wgmma(dp_ref, launch.kept(memory.v, n)(0), dout.at[mine].transpose((1, 0)))
     p, gradients = weights(tiles_of(window), window, qk=plgpu.wgmma_accumulator_load(s_ref, wait_n=1), lse=statistic(memory.lse))
-    share(p_tile, p(), memory.p_met)
+    share(p_tile, p(), memory.met.at[1])
     multiply(dv_ref, p_tile, dout)
     got = gradients(lambda: dp(_SHARERS), statistic(memory.delta))
-    share(memory.ds, got.dqk, memory.met)
+    share(memory.ds, got.dqk, memory.met.at[0])
     multiply(dk_ref, memory.ds, q)
     return tuple(total + call.rows.sum(x) for total, x in zip(sums, got.dleaves))
 
@@ -209,10 +210,10 @@ def _step(call: launch.Call, memory: Any, queries: launch.Ring, douts: launch.Ri
     for part in range(_SHARERS):
       plgpu.wgmma(acc, launch.kept(left, n)(part), right.at[pl.ds(part * _PART, _PART), _half(warpgroup, right.shape[1])])
 
-  carry = _run(call, add, window.shape, None if call.dropped else -statistic(memory.delta)(), *carry)
-  queries.release(at)
-  douts.release(at)
-  return carry
+  accs, sums = _run(call, add, window.shape, None if call.dropped else -statistic(memory.delta)(), tuple(accs), sums)
+  queries.release(slot)
+  douts.release(slot)
+  return (*accs, jnp.where(slot == call.stages - 1, 0, slot + 1)), sums
 
 
 def _run(call: launch.Call, add: Any, shape: tuple[int, int], start: Any, accs: tuple[Any, ...],
