@@ -96,9 +96,9 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
       def visit_head(g, carry):
         def step(n, carry, masked):
           window = leaves.Window(here.batch, here.kv_head * groups + g, here.walk.tile(n) * rows, here.column, rows, _HEIGHT, True)
-          return _step(call, memory, queries, douts, n, here.warpgroup, window, functools.partial(
+          return _step(call, memory, queries, douts, n, here.warpgroup + (n >> 30), window, functools.partial(
               tile_weights, call, logits, masked=masked, wanted=wanted), lambda part: call.tiles_of(logits, leaf_refs, part), carry)
-        return launch.visit_all(call, here.walk, step, carry)
+        return lax.fori_loop(0, here.walk.count, functools.partial(step, masked=call.masked), carry)
 
       (*accs, _), sums = each_head(visit_head, (_zeros(_HEIGHT, width // _SHARERS), _zeros(_HEIGHT, value_width // _SHARERS),
                                                 jnp.int32(0)))
