@@ -40,7 +40,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
   """
   batch, _, _, width = q.shape
   value_width, (rows, columns), stages = v.shape[3], call.tiles, call.stages
-  warpgroups, tiles = rows // launch.WARPGROUP_ROWS, -(-call.queries // rows)
+  warpgroups, tiles = rows // launch.WARPGROUP_ROWS, -(-call.queries * call.fold // rows)
   out_dtype = jnp.float32 if call.pieces > 1 else call.dtype
   count = len(jax.tree.leaves(logits))
 
