@@ -192,7 +192,8 @@ def accumulate(call: Call, accs: list[Any], lefts: list[Any], rights: list[Calla
       for piece, x in enumerate(left):
         tile.at[piece][...] = x
     plgpu.commit_smem()
-    return [acc + product(call, lambda a, b: (tile.at[a], right(b)), plgpu.ACC(acc.shape, jnp.float32))
+    operands = lambda tile, right: lambda a, b: (tile.at[a], right(b))
+    return [acc + product(call, operands(tile, right), plgpu.ACC(acc.shape, jnp.float32))
             for acc, tile, right in zip(accs, written, rights)]
 
   def run(refs):
