@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import Literal
 
 from .. import schedule, softmax
 from . import launch, leaves, lookup, mend
@@ -57,8 +58,30 @@ def tile_gradients(call: launch.Call, logits: Any, tiles: list[Any], window: lea
   ds = softmax.dscores(p, drop(dp()), delta()) if call.dropped else softmax.dscores(p, dp(), 0.0)
   if hide:
     p, ds = (jnp.where(s == -softmax.INF, 0.0, x) for x in (p, ds))
-  dqk, dleaves = pull(ds)
+  dqk, dleaves = _with_plain_sums(pull, ds)
   return TileGradients(p, dqk, tuple(dleaves), drop)
+
+
+def _with_plain_sums(fun: Any, x: Any) -> Any:
+  """`fun(x)`, with additions for the sums of cotangents, which have a primitive of their own that Mosaic GPU lacks."""
+  traced, shape = jax.make_jaxpr(fun, return_shape=True)(x)
+
+  def evaluate(jaxpr, consts, args):
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+    read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
+    for equation in jaxpr.eqns:
+      inputs, primitive, params = [read(a) for a in equation.invars], equation.primitive, equation.params
+      if primitive.name in ("jit", "pjit"):
+        outputs = evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs)
+      elif primitive.name == "add_any":
+        outputs = [inputs[0] + inputs[1]]
+      else:
+        outputs = primitive.bind(*inputs, **primitive.get_bind_params(params))
+        outputs = outputs if primitive.multiple_results else [outputs]
+      values.update(zip(equation.outvars, outputs))
+    return [read(a) for a in jaxpr.outvars]
+
+  return jax.tree.unflatten(jax.tree.structure(shape), evaluate(traced.jaxpr, traced.consts, [x]))
 
 
 def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: schedule.RowVisits,

@@ -1,9 +1,9 @@
 """What is computed again, slowly, where something not finite came out.
 
-0 · NaN is NaN: a key or value that the mask hides, and that is not finite, would reach what a partial tile adds to. Looking for that
-in every tile would cost time. Instead each warpgroup looks at what it is about to leave. What is finite is right. For anything else it
-goes through its visits once more, on its own, and makes finite in shared memory what it multiplies with zeros. Slots of the rings
-serve it as memory: by then nobody uses them.
+0 · NaN is NaN: a key or value that the mask hides, and that is not finite, would reach what a partial tile adds to. Looking for
+that in every tile would cost time. Instead each warpgroup looks at what it is about to leave. What is finite is right. For
+anything else it goes through its visits once more, on its own, and makes finite in shared memory what it multiplies with zeros.
+Slots of the rings serve it as memory: by then nobody uses them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .. import softmax
 from . import launch
 
-WIDTH, KEYS = 64, 64  # columns of a result, and keys or queries, that are computed at a time: there are few registers to spare
+WIDTH, KEYS = 64, 64  # columns of a result, and keys or queries, that are computed at a time: registers are few
 FINITE, NAN, INFINITE, MINUS_INFINITE = range(4)
 
 
@@ -93,8 +93,8 @@ def visit_all(walk: launch.Walk, side: int, visit: Callable[[Any, Any], Any], ca
 def two_products(call: launch.Call, lefts: tuple[Any, Any], rights: list[Callable]) -> tuple[Any, Any]:
   """The products of scores and of dO Vᵀ, awaited; 0 for the second where it is not asked for."""
   acc = plgpu.ACC((launch.WARPGROUP_ROWS, KEYS), jnp.float32)
-  found = [launch.product(call, lambda a, b: (left.at[a], right(b).transpose((1, 0))), acc)
-           for left, right in zip(lefts, rights) if left is not None]
+  operands = lambda left, right: lambda a, b: (left.at[a], right(b).transpose((1, 0)))
+  found = [launch.product(call, operands(left, right), acc) for left, right in zip(lefts, rights) if left is not None]
   return found[0], found[1] if len(found) > 1 else jnp.zeros_like(found[0])
 
 
