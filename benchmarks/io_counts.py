@@ -138,7 +138,9 @@ def line(rows: Sequence[Sparse]) -> tuple[float, float, float]:
 
 def chosen_tiles(shape: Shape) -> tuple[int, int]:
   with jflash.interpret():
-    return jflash.explain(*[shape.array] * 3, implementation="tpu").tiles
+    tiles = jflash.explain(*[shape.array] * 3, implementation="tpu").tiles
+  assert tiles is not None
+  return tiles
 
 
 def best_tiles(shape: Shape, limit: int, sides: Sequence[int]) -> tuple[int, int]:

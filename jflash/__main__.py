@@ -43,6 +43,13 @@ def _window(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
   return {"local_window_size": (20, 3)}, {"keep": (distance <= 20) & (distance >= -3)}
 
 
+def _lengths(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
+  del rng
+  lengths = np.array([140, 77], np.int32)
+  seen = np.arange(140) < lengths[:, None]
+  return {"is_causal": True, "key_value_seq_lengths": lengths}, {"keep": np.tri(150, 140, dtype=bool) & seen[:, None, None]}
+
+
 def _segments(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
   query, key = (np.sort(rng.integers(0, 5, (2, n))).astype(np.int32) for n in (150, 140))
   return {"mask": masks.Segments(query, key)}, {"keep": (query[:, :, None] == key[:, None, :])[:, None]}
@@ -66,6 +73,7 @@ def _function(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any]]
 CASES = (
     Case("causal", jnp.float32, (2, 130, 130, 3, 3, 32, 32), _causal),
     Case("grouped, window", jnp.bfloat16, (2, 150, 140, 4, 2, 32, 16), _window),
+    Case("lengths", jnp.bfloat16, (2, 150, 140, 4, 2, 32, 32), _lengths),
     Case("segments", jnp.float32, (2, 150, 140, 3, 1, 16, 32), _segments),
     Case("bias, soft cap", jnp.float32, (1, 150, 140, 4, 2, 32, 32), _bias),
     Case("score_mod, sinks", jnp.bfloat16, (1, 130, 140, 4, 2, 16, 32), _function),
@@ -163,7 +171,8 @@ def _on_cpu() -> Any:
 def versions() -> dict[str, str]:
   """Of everything that matters in a report of a bug; only what is installed."""
   found = {"jflash": jflash.__version__, "Python": platform.python_version()}
-  for name in ("jax", "jaxlib", "flax", "numpy", "libtpu"):
+  for name in ("jax", "jaxlib", "flax", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12",
+               "nvidia-cudnn-cu13"):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[name] = importlib.metadata.version(name)
   return found
@@ -171,7 +180,7 @@ def versions() -> dict[str, str]:
 
 def why_not(name: str) -> str | None:
   """Why a backend cannot run on this machine's devices, without the interpreter; None if it can."""
-  x = jax.ShapeDtypeStruct((1, 256, 1, 64), jnp.float32)
+  x = jax.ShapeDtypeStruct((1, 256, 1, 64), jnp.bfloat16)
   try:
     explanation = jflash.explain(x, x, x, implementation=name)
   except NotImplementedError as error:
@@ -185,7 +194,7 @@ def report_checks(name: str, cases: tuple[Case, ...]) -> bool:
   """Prints a line for each case; whether all of them are right."""
   right = True
   for case in cases:
-    label = f"{name:<8} {case.name:<16} {jnp.dtype(case.dtype).name:<9}"
+    label = f"{name:<10} {case.name:<16} {jnp.dtype(case.dtype).name:<9}"
     try:
       findings = check(case, name)
     except NotImplementedError as error:
@@ -212,17 +221,17 @@ def main(argv: list[str] | None = None) -> int:
   print("  ".join(f"{name} {version}" for name, version in versions().items()))
   try:
     devices = jax.devices()
-  except RuntimeError as error:
-    print(f"no device: {error}")
+  except Exception as error:  # RuntimeError, or whatever a plugin without its libraries fails with
+    print(f"no device: {type(error).__name__}: {error}")
     return 1
   kinds = [device.device_kind for device in devices]
   counted = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
-  print(f"devices  {counted} ({_plan.platform()})")
+  print(f"{'devices':<10} {counted} ({_plan.platform()})")
 
   reasons = {name: why_not(name) for name in _backends.NAMES}
   for name, reason in reasons.items():
-    print(f"{name:<8} {'works' if reason is None else 'not here: ' + reason}")
-  print(f"\n{'backend':<8} {'case':<16} {'dtype':<9} worst output, error / allowed  worst gradient")
+    print(f"{name:<10} {'works' if reason is None else 'not here: ' + reason}")
+  print(f"\n{'backend':<10} {'case':<16} {'dtype':<9} worst output, error / allowed  worst gradient")
   right = True
   for name, reason in reasons.items():
     if reason is None:

@@ -40,7 +40,8 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
     query_seq_lengths: integers `[B]`; query rows from there on give 0.
     key_value_seq_lengths: integers `[B]`; keys from there on are not seen.
     local_window_size: (left, right), or w for (w, w): query i sees keys i - left to i + right, both inclusive.
-    implementation: None chooses; "xla" (plain JAX, everywhere) or "tpu" (Pallas on TPU).
+    implementation: None chooses the first of these that can; `jflash.explain` says which, and why not the others: "tpu" (Pallas on
+      TPU), "mosaic_gpu" (Pallas on Hopper GPUs), "cudnn" (NVIDIA's library, for what it supports), "xla" (plain JAX, everywhere).
     return_residual: whether to return `lse` too.
     query_positions, key_value_positions: integers `[B, T]` or `[T]`, `[B, S]` or `[S]`. They replace the row and column numbers
       in `is_causal`, `local_window_size`, `alibi_slopes` and the masks of `jflash.masks`; not in a `mask` array or in the lengths.
@@ -60,7 +61,7 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
   Returns:
     `out [B, T, N, E]` in the inputs' dtype; with `return_residual` also `lse [B, T, N]`, float32 (float64 for float64), which
     is differentiable. A query that may see nothing has out 0, lse -inf and no gradient; what is not finite in a key or value that
-    the mask hides reaches neither out nor any gradient. Two runs give the same bits.
+    the mask hides reaches neither out nor any gradient. Two runs give the same bits (with "cudnn", out and lse do).
 
   Raises:
     ValueError, TypeError: shapes, dtypes or values that do not fit, with both sides named.

@@ -29,11 +29,11 @@ class Explanation:
     shapes: of query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, E]`, with the batch axis if only for this.
     dtype: of query, key and value.
     mask: everything that masks (mask, is_causal, window, lengths, segments) as one expression; None without any.
-    tiles: (query rows, key columns) of a tile.
-    tile_count: tiles of all batch elements and query heads, skipped ones included.
+    tiles: (query rows, key columns) of a tile; None where a library chooses them, as cuDNN does.
+    tile_count: tiles of all batch elements and query heads, skipped ones included; None likewise.
     skipped, partial, full: the shares of tiles that are not computed, computed with the mask, and computed without it.
       A tile that reaches past the last query or key is partial. Query heads that share a key head share their visits: a
-      tile is skipped where all of them skip it. None where data decides at run time.
+      tile is skipped where all of them skip it. None where data decides at run time, or a library.
     decided: when it is decided which tiles are skipped, and by what.
     saved: bytes kept from the forward for the backward pass, by name: query, key, value, out, lse, `logits` (the arrays
       of bias, slopes, scale, cap, mask and positions), `schedule` (the visit lists). Nothing else is saved.
@@ -47,8 +47,8 @@ class Explanation:
   shapes: dict[str, tuple[int, ...]]
   dtype: str
   mask: str | None
-  tiles: tuple[int, int]
-  tile_count: int
+  tiles: tuple[int, int] | None
+  tile_count: int | None
   skipped: float | None
   partial: float | None
   full: float | None
@@ -63,7 +63,7 @@ class Explanation:
 
   def __str__(self) -> str:
     shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items())
-    shares = "skipped share unknown"
+    shares = "skipped share unknown" if self.tiles else "those of the library"
     if self.skipped is not None and self.partial is not None and self.full is not None:
       percent = _show._percent
       shares = f"{percent(self.skipped)} skipped, {percent(self.partial)} need the mask, {percent(self.full)} are full"
@@ -71,10 +71,12 @@ class Explanation:
     rows = [("attention", f"{shapes}, {self.dtype}"), ("mask", self.mask or "none"),
             ("backend", self.backend + (", in the Pallas interpreter" if self.interpreted else ""))]
     rows += [("not " + name, reason) for name, reason in self.passed_over.items()]
-    rows += [("tiles", f"{self.tile_count} of {self.tiles[0]} x {self.tiles[1]}: {shares}"), ("", self.decided),
+    if self.tiles is not None:
+      shares = f"{self.tile_count} of {self.tiles[0]} x {self.tiles[1]}: {shares}"
+    rows += [("tiles", shares), ("", self.decided),
              ("saved", f"{_bytes(self.saved_bytes)} for the backward pass; dense attention, with its probabilities: "
                         f"{_bytes(self.naive_saved)}"), ("", parts)]
-    return "\n".join(f"{name:<10} {text}" for name, text in rows)
+    return "\n".join(f"{name:<14} {text}" for name, text in rows)
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:
@@ -131,7 +133,7 @@ def _explain(arguments: dict[str, Any]) -> Explanation:
   backend, passed_over = _backends.select(problem, arguments["implementation"])
   plan = backend.plan(problem)
   visits = jax.eval_shape(lambda: _plan.make_schedule(problem, plan))
-  kinds = _show.tile_kinds(problem, plan)
+  kinds = _show.tile_kinds(problem, plan) if backend.tiled else None
   skipped, partial, full = (None if kinds is None else float(np.mean(kinds == kind))
                             for kind in (schedule.EMPTY, schedule.PARTIAL, schedule.FULL))
   grid = math.prod(-(-size // tile) for size, tile in zip((problem.queries, problem.keys), plan.tiles))
@@ -144,9 +146,10 @@ def _explain(arguments: dict[str, Any]) -> Explanation:
   saved = {**inputs, "out": out, "lse": scores, "logits": _size(problem.logits), "schedule": _size(visits)}
   return Explanation(
       backend=backend.name, passed_over=passed_over, interpreted=bool(plan.interpret), shapes=shapes,
-      dtype=str(problem.q.dtype), mask=None if mask is None else repr(mask), tiles=plan.tiles,
-      tile_count=problem.batch * problem.heads * grid, skipped=skipped, partial=partial, full=full,
-      decided=_decided(problem), saved=saved, naive_saved=sum(inputs.values()) + scores * problem.keys)
+      dtype=str(problem.q.dtype), mask=None if mask is None else repr(mask), tiles=plan.tiles if backend.tiled else None,
+      tile_count=problem.batch * problem.heads * grid if backend.tiled else None, skipped=skipped, partial=partial, full=full,
+      decided=_decided(problem) if backend.tiled else f"decided by {backend.name}", saved=saved,
+      naive_saved=sum(inputs.values()) + scores * problem.keys)
 
 
 def _decided(problem: Problem) -> str:

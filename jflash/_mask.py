@@ -46,6 +46,7 @@ class Coordinates(NamedTuple):
   q: Any
   k: Any
   take: Any = None  # `take(table, index)` of the backend
+  gathers: bool = False  # whether it takes from tables of any size, `[B|1, N|1, 1, 1, …]`, as well as it does anything else
 
 
 class OfTokens(NamedTuple):

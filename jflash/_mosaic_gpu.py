@@ -13,9 +13,16 @@ from pallas_kernels import hopper, products, schedule, softmax
 from pallas_kernels.hopper import launch
 
 from . import _plan, _tiles_gpu, _xla
+from ._batching import fold_into_batch
 from ._logits import Logits
 from ._problem import Problem
+from ._program import programs
 
+# What Mosaic GPU has of what functions of scores may be made of, with derivatives, from JAX 0.11.2 on.
+OPERATIONS = frozenset(
+    "abs add and atan2 broadcast_in_dim clamp convert_element_type copy cos div eq erf exp exp2 ge gt integer_pow le log log2 "
+    "logistic lt max min mul ne neg not or rem reshape rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign "
+    "sin sqrt square squeeze stop_gradient sub tanh xor".split())
 MOST_WIDTH = {1: 256, 2: 256, 3: 128}  # by how many numbers stand for one
 
 
@@ -29,6 +36,11 @@ def supports(problem: Problem) -> str | None:
   if (widest := max(problem.width, problem.value_width)) > most:
     return (f"heads are {widest} wide, and its kernels hold {most} of {problem.q.dtype} at most with "
             f"jax.default_matmul_precision {jax.config.jax_default_matmul_precision}; use implementation='xla'")  # type: ignore[attr-defined]
+  for program in programs(problem.logits):
+    if program.reason:
+      return program.reason
+    if beyond := sorted(set(program.operations) - OPERATIONS):
+      return f"{program.name} computes {', '.join(beyond)}, for which its kernels have nothing; use implementation='xla'"
   return None
 
 
@@ -50,8 +62,8 @@ def _operand_dtype(problem: Problem) -> Any:
 
 
 def _lay_out(x: Any, plan: _plan.Plan, dtype: Any) -> Any:
-  """`[B, S, P · K, width filled up]` from `[B, S, K, width]`."""
-  x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, _tiles_gpu.lane_width(x.shape[3]) - x.shape[3])))
+  """`[B, S filled up, P · K, width filled up]` from `[B, S, K, width]`."""
+  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, _tiles_gpu.lane_width(x.shape[3]) - x.shape[3])))
   return jnp.concatenate(launch.pieces(x, plan.launches.pieces, dtype), axis=2)
 
 
@@ -66,17 +78,36 @@ def _unit(logits: Logits) -> tuple[float, Logits]:
 @functools.partial(jax.jit, static_argnames="plan")
 def forward(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule) -> tuple[Any, Any]:
   """`(out [B, T, N, E], lse [B, T, N])`."""
+  def run(qkv, others):
+    logits, visits = others
+    return _forward(Problem(*qkv, logits), visits, plan), []
+
+  return fold_into_batch(run, problem.batch, (problem.q, problem.k, problem.v), (problem.logits, visits.forward))[0]
+
+
+def _forward(problem: Problem, visits: schedule.RowVisits, plan: _plan.Plan) -> tuple[Any, Any]:
   unit, logits = _unit(problem.logits)
   call = _call(problem, plan, plan.launches.forward, unit)
   q, k, v = (_lay_out(x, plan, call.dtype) for x in (problem.q, problem.k, problem.v))
-  out, lse = hopper.forward(call, q, k, v, logits, visits.forward)
-  return out[..., :problem.value_width].astype(problem.v.dtype), lse[:, :, :problem.queries].transpose(0, 2, 1)
+  out, lse = hopper.forward(call, q, k, v, logits, visits)
+  return out[:, :problem.queries, :, :problem.value_width].astype(problem.v.dtype), lse[:, :, :problem.queries].transpose(0, 2, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "wanted"))
 def cotangent(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule, out: Any, lse: Any, dout: Any, dlse: Any,
               wanted: tuple[bool, ...]) -> tuple[Any, Any, Any, list[Any]]:
   """(dq, dk, dv, gradients of those leaves of `logits` that are `wanted`)."""
+  def run(whole, others):
+    (q, k, v, *rest), (logits, visits) = whole, others
+    return _cotangent(Problem(q, k, v, logits), visits, *rest, plan=plan, wanted=wanted)
+
+  (dq, dk, dv), grads = fold_into_batch(run, problem.batch, (problem.q, problem.k, problem.v, out, lse, dout, dlse),
+                                        (problem.logits, visits), [n for n, w in enumerate(wanted) if w])
+  return dq, dk, dv, grads
+
+
+def _cotangent(problem: Problem, visits: _plan.LaunchSchedule, out: Any, lse: Any, dout: Any, dlse: Any, plan: _plan.Plan,
+               wanted: tuple[bool, ...]) -> tuple[tuple[Any, Any, Any], list[Any]]:
   unit, logits = _unit(problem.logits)
   launches = plan.launches
   of_dq, of_dkv = (_call(problem, plan, of, unit) for of in (launches.dq, launches.dkv))
@@ -92,7 +123,7 @@ def cotangent(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule, 
     (dv,), _ = hopper.dkv(of_dkv, residuals, logits, visits.dkv, (), (False, True))
   else:
     (dk, dv), key_sums = hopper.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key))
-  cut = lambda x, like: x[..., :like.shape[-1]].astype(like.dtype)
+  cut = lambda x, like: x[:, :like.shape[1], :, :like.shape[3]].astype(like.dtype)
 
   leaves = jax.tree.leaves(problem.logits)
   grads = {n: _sum_to(sums[:, :, :problem.queries, None], leaves[n]) for n, sums in zip(by_query, query_sums)}
@@ -100,7 +131,7 @@ def cotangent(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule, 
   grads |= {n: hopper.tile_gradient(of_dq, residuals, logits, n, visits.dq_kinds).astype(leaves[n].dtype) for n in by_both}
   if others:
     grads |= _in_plain_jax(problem, others, out, lse, dout, dlse)
-  return cut(dq, problem.q), cut(dk, problem.k), cut(dv, problem.v), [grads[n] for n, w in enumerate(wanted) if w]
+  return (cut(dq, problem.q), cut(dk, problem.k), cut(dv, problem.v)), [grads[n] for n, w in enumerate(wanted) if w]
 
 
 def _by_axes(problem: Problem, wanted: tuple[bool, ...]) -> tuple[list[int], list[int], list[int], list[int]]:

@@ -120,8 +120,8 @@ def platform() -> str:
   return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
-def plan_xla(problem: Problem) -> Plan:
-  """Tiles of 128 to 512, and as many heads at a time as keep the scores of a step near the size of a cache."""
+def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
+  """Tiles of 128 to 512, and as many heads at a time as keep a step at `scores` (by default, a cache or 1 GiB full of them)."""
   on_cpu = platform() == "cpu"
   length = max(problem.queries, problem.keys)
   # Distances are quickest in larger tiles: n = 16,384, d = 2 takes an eighth less in 1024 x 1024 than in 512 x 512.
@@ -129,7 +129,7 @@ def plan_xla(problem: Problem) -> Plan:
   blocks = _blocks(problem, side)
   tiles = _forced_tiles.get() or (min(blocks[0], problem.queries), min(blocks[1], problem.keys))
   lead = _table_lead(problem)
-  limit = (1 << 20 if on_cpu else 1 << 28) // (tiles[0] * tiles[1] * problem.groups)
+  limit = (scores or (1 << 20 if on_cpu else 1 << 28)) // (tiles[0] * tiles[1] * problem.groups)
   heads = _divisor(problem.kv_heads, limit) if lead[1] == 1 else 1
   batch = _divisor(problem.batch, limit // heads) if lead[0] == 1 and heads == problem.kv_heads else 1
   return Plan(tiles, (batch, heads), on_cpu and problem.dtype == jnp.float32, False)
@@ -148,6 +148,11 @@ def plan_mosaic_gpu(problem: Problem) -> Plan:
   """Each kernel's tiles by the width of the heads and by what the scores are made of."""
   launches = _forced_launches.get() or _tiles_gpu.launches(problem, _forced_tiles.get())
   return Plan(launches.forward.tiles, (1, 1), False, interpreting(), launches=launches)
+
+
+def plan_cudnn(problem: Problem) -> Plan:
+  """Of plain JAX, for what cuDNN leaves to it: 64 MiB of scores a step, as the memory is set aside in every call."""
+  return plan_xla(problem, 1 << 24)
 
 
 def finest_blocks(backend: str, queries: int, keys: int) -> int:

@@ -157,7 +157,17 @@ class Program:
   shapes: tuple[Any, ...]  # (shape, dtype) of each given operand
   closed_over: tuple[Any, ...]  # the same of what the function closes over
   whole: tuple[Any, ...]  # (operand, array) for operands that are used as they are
-  reason: str | None  # why a kernel cannot compute it
+  operations: tuple[str, ...]  # the primitives that are left for tiles
+  reason: str | None  # why no kernel can compute it
+
+  @property
+  def largest_table(self) -> int:
+    """Entries of the largest table that is read by query and key together."""
+    return max([self.arrays[way[0]].shape[-1] for way in self.ways if way is not None and way[1] is not None], default=0)
+
+  @property
+  def name(self) -> str:
+    return getattr(self.fn, "__name__", repr(self.fn))
 
   def on_tile(self, at: Coordinates, keep: Any = None, score: Any = None) -> Any:
     """The function's value on a tile.
@@ -251,7 +261,7 @@ def bind(fn: Callable, operands: Any, sizes: Sizes, score_dtype: Any = None) -> 
       arrays.append(_rows(indexed, outer, known))
     else:
       ways.append(None)
-  done = {node for node, way in zip(trace.lookups, ways) if way is not None}
+  done: set[Any] = {node for node, way in zip(trace.lookups, ways) if way is not None}
   index_nodes = [x for node, way in zip(trace.lookups, ways) if way and way[1] for x in _indexed(node).indices]  # type: ignore[union-attr]
   used = _reached([trace.result, *index_nodes], done)
   whole = []
@@ -261,7 +271,8 @@ def bind(fn: Callable, operands: Any, sizes: Sizes, score_dtype: Any = None) -> 
       x = known[node]
       arrays.append(x.reshape((1, 1, 1, 1) if x.size == 1 else (1, 1, 1, 1) + (1,) * max(2 - x.ndim, 0) + x.shape))
   closed_over = tuple((x.shape, x.dtype) for x in trace.closed_over)
-  return Program(fn, arrays, tuple(ways), shapes, closed_over, tuple(whole), _reason(fn, trace, ways, whole, arrays))
+  operations = tuple(sorted({node.primitive for node in used - done if node.primitive is not None}))
+  return Program(fn, arrays, tuple(ways), shapes, closed_over, tuple(whole), operations, _reason(fn, trace, ways, whole, arrays))
 
 
 def _looked_up_in_tiles(indexed: Indexed, node: Node, runs_along: Callable) -> bool:
@@ -310,8 +321,7 @@ def _reached(nodes: list[Any], stop: set[Node]) -> set[Node]:
 
 
 def _reason(fn: Callable, trace: Trace, ways: list[Any], whole: list[Any], arrays: list[Any]) -> str | None:
-  """Why a kernel cannot compute this, if so."""
-  from pallas_kernels import lookup
+  """Why no kernel can compute this, if so."""
   name = getattr(fn, "__name__", repr(fn))
   if None in ways:
     return (f"{name} looks up more than single entries by query and key together; only plain JAX, implementation='xla', can. Index "
@@ -320,8 +330,9 @@ def _reason(fn: Callable, trace: Trace, ways: list[Any], whole: list[Any], array
     if arrays[array].size > 1:
       return (f"{name} uses an operand of shape {tuple(trace.operands[number].aval.shape)} as a whole; only plain JAX, "
               "implementation='xla', can. Index it by batch, head and positions")
-  for way in ways:
-    if way[1] is not None and arrays[way[0]].shape[-1] > lookup.LARGEST:
-      return (f"{name} looks up {arrays[way[0]].shape[-1]} entries by query and key together, and a kernel at most "
-              f"{lookup.LARGEST}; use implementation='xla', or bucket the positions")
   return None
+
+
+def programs(logits: Any) -> list[Program]:
+  """All functions in a problem's logits."""
+  return [x for x in jax.tree.leaves(logits, is_leaf=is_program) if is_program(x)]

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import softmax, tpu
+from pallas_kernels import lookup, softmax, tpu
 from pallas_kernels.tpu.backward import Residuals
 
-from . import _plan, masks
-from ._mask import parts
+from . import _plan
 from ._problem import Problem
+from ._program import programs
 
 
 def supports(problem: Problem) -> str | None:
@@ -23,9 +23,13 @@ def supports(problem: Problem) -> str | None:
     return "a TPU has no float64; use implementation='xla'"
   if reason := _too_long(problem):
     return reason
-  programs = [part.program for part in parts(problem.logits.mask) if isinstance(part, masks.BoundCustom)]
-  programs += [] if problem.logits.score_mod is None else [problem.logits.score_mod]
-  return next((program.reason for program in programs if program.reason), None)
+  for program in programs(problem.logits):
+    if program.reason:
+      return program.reason
+    if program.largest_table > lookup.LARGEST:
+      return (f"{program.name} looks up {program.largest_table} entries by query and key together, and a kernel at most "
+              f"{lookup.LARGEST}; use implementation='xla', or bucket the positions")
+  return None
 
 
 MOST_VISITS = 240_000  # of one list: they are 4 bytes each, and a chip has 1 MiB of scalar memory

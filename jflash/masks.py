@@ -238,6 +238,13 @@ class BlockSparse(Mask):
     object.__setattr__(self, "max_blocks", _check.max_blocks(self.table, self.max_blocks))
 
   def keep(self, at):
+    if at.gathers:
+      block, inside = 0, []
+      for position, size, count in zip((at.q, at.k), self.block_shape, self.table.shape[-2:]):
+        number = position // size
+        inside.append((position >= 0) & (number < count))
+        block = block * count + jnp.clip(number, 0, count - 1)
+      return (at.take(self.table, block) != 0) & inside[0] & inside[1]
     # table[q // rows, k // columns] as two products with one-hot matrices: a gather that every kernel can do, and exact.
     table = self.table.reshape(*self.table.shape[:-4], *self.table.shape[-2:])  # [..., query blocks, key blocks]
     table = (table != 0).astype(jnp.float32)

@@ -151,8 +151,8 @@ ERRORS = {
     "window text": (qkv(local_window_size="3"), ValueError, "`local_window_size` is '3'; pass an integer w"),
     "window true": (qkv(local_window_size=True), ValueError, "`local_window_size` is True; pass an integer w"),
     # implementations
-    "implementation": (qkv(implementation="flash"), ValueError, "`implementation` is 'flash'; pass None or one of 'tpu', 'xla'"),
-    "cudnn": (qkv(implementation="cudnn"), ValueError, "`implementation` is 'cudnn'; pass None or one of 'tpu', 'xla'"),
+    "implementation": (qkv(implementation="flash"), ValueError, "`implementation` is 'flash'; pass None or one of 'tpu', .*'cudnn', 'xla'"),
+    "no GPU": (qkv(implementation="cudnn"), NotImplementedError, "implementation='cudnn' cannot compute this: it needs an NVIDIA GPU"),
     "no device": (qkv(implementation="tpu"), NotImplementedError, "implementation='tpu' cannot compute this: .+"),
     # masks, bound to sizes
     "segments no key": (qkv(mask=masks.Segments(ints(6))), ValueError, "`masks.Segments` has no `key`.*6 queries and 10 keys; pass `key`"),

@@ -123,7 +123,7 @@ def no_mercury(monkeypatch):
 def test_a_backend_is_passed_over_with_its_reason(no_mercury):
   why = jflash.explain(*inputs())
   assert why.passed_over == {"tpu": "there is no mercury here"}
-  assert "not tpu    there is no mercury here" in str(why)
+  assert "not tpu        there is no mercury here" in str(why)
   named = jflash.explain(*inputs(), implementation="xla")
   assert named.passed_over == {"tpu": "implementation='xla' was asked for"}
 

@@ -41,11 +41,11 @@ def test_all_is_right(one_case, computed, monkeypatch, capsys):
   assert report.main([]) == 0
   text = capsys.readouterr().out
   assert f"jflash {jflash.__version__}" in text and f"jax {jax.__version__}" in text
-  assert f"devices  {len(jax.devices())} x cpu" in text
-  assert "tpu      not here: it needs a TPU" in text and "xla      works" in text
-  lines = [line for line in text.splitlines() if line.startswith("xla      grouped")]
+  assert f"devices    {len(jax.devices())} x cpu" in text
+  assert "tpu        not here: it needs a TPU" in text and "xla        works" in text
+  lines = [line for line in text.splitlines() if line.startswith("xla        grouped")]
   assert len(lines) == 1 and lines[0].endswith("ok")
-  assert not [line for line in text.splitlines() if line.startswith("tpu      interpreted")]
+  assert not [line for line in text.splitlines() if line.startswith("tpu        interpreted")]
 
 
 @pytest.mark.parametrize("name, shift", [("out", 0.1), ("lse", 1e-4), ("dquery", 0.3), ("dvalue", 0.3)])
@@ -57,7 +57,7 @@ def test_a_wrong_number_fails(name, shift, one_case, computed, monkeypatch, caps
   monkeypatch.setattr(report, "_outputs_and_gradients", lambda *args: next(results))
   assert report.main([]) == 1
   text = capsys.readouterr().out
-  line = next(line for line in text.splitlines() if line.startswith("xla      grouped"))
+  line = next(line for line in text.splitlines() if line.startswith("xla        grouped"))
   assert line.endswith("FAIL") and name in line
   assert "at least one check is wrong" in text
 
@@ -79,7 +79,7 @@ def test_nan_fails():
 def test_interpret_checks_what_is_absent(monkeypatch, capsys):
   monkeypatch.setattr(report, "CASES", ())
   assert report.main(["--interpret"]) == 0
-  line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tpu      interpreted"))
+  line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tpu        interpreted"))
   assert line.endswith("ok")
 
 
@@ -93,7 +93,7 @@ def test_runs_as_a_module(capsys):
 
 
 def test_import_is_light():
-  heavy = ("jax.experimental.pallas", "flax", "jflash._tpu", "jflash.__main__", "jflash._reference")
+  heavy = ("jax.experimental.pallas", "flax", "jflash._tpu", "jflash._cudnn", "jflash.__main__", "jflash._reference")
   code = f"import sys, jflash; print([m for m in {heavy} if m in sys.modules])"
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert done.stdout.strip() == "[]"

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import schedule, softmax
-from . import launch, leaves
+from . import launch, leaves, lookup, mend
 
 
 class TileGradients(NamedTuple):
@@ -31,22 +31,32 @@ class TileGradients(NamedTuple):
 
 
 def tile_gradients(call: launch.Call, logits: Any, tiles: list[Any], window: leaves.Window, masked: bool, wanted: tuple[int, ...],
-                   qk: Any, lse: Any, dp: Any, delta: Any) -> TileGradients:
+                   qk: Any, lse: Any, dp: Any, delta: Any, hide: bool = False) -> TileGradients:
   """From q kᵀ, `dp()`, which is dO Vᵀ, less δ unless there is dropout, and `lse()` (in the unit of the scores) and `delta()`.
 
   Functions are called where they are needed, and not before: a thread has few registers.
+
+  Args:
+    hide: whether what is not finite in hidden keys must not touch anything.
   """
+  take = lookup.Replay(call.take)
+
   def scores(qk, given):
     filled = list(tiles)
     for number, x in zip(wanted, given):
       filled[number] = x
-    return call.scores(logits, filled, window, qk, masked)
+    return call.scores(logits, filled, window, qk, masked, take)
 
   given = [x if jnp.ndim(x) else window.everywhere(x) for x in (tiles[n] for n in wanted)]
+  if any(isinstance(x, leaves.Table) for x in tiles):
+    scores(qk, given)
+    take.ready = True
   s, pull = jax.vjp(scores, qk, given)
   p = softmax.probabilities(s, lse(), call.weight)
   drop = functools.partial(call.drop, logits, tiles)
   ds = softmax.dscores(p, drop(dp()), delta()) if call.dropped else softmax.dscores(p, dp(), 0.0)
+  if hide:
+    p, ds = (jnp.where(s == -softmax.INF, 0.0, x) for x in (p, ds))
   dqk, dleaves = pull(ds)
   return TileGradients(p, dqk, tuple(dleaves), drop)
 
@@ -67,9 +77,9 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
   def kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, **scratch):
     visit_refs, leaf_refs, (dq_ref, *dleaf_refs) = refs[:4], refs[4:4 + count], refs[4 + count:]
     memory = types.SimpleNamespace(**scratch)
-    batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+    batch, head, warpgroup = launch.place()
     kv_head = lax.div(head, call.groups)
-    number, walk = launch.walk(visits, visit_refs, batch, kv_head, lax.axis_index("tile"))
+    number, walk = launch.walk(visits, visit_refs, batch, kv_head)
     keys = launch.Ring(memory.k_tiles, memory.k_full, memory.k_empty, stages)
     values = launch.Ring(memory.v_tiles, memory.v_full, memory.v_empty, stages)
 
@@ -87,31 +97,78 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
       for piece in range(call.pieces):
         for source, tile in ((q_ref, q_tile), (dout_ref, dout_tile)):
           plgpu.copy_gmem_to_smem(source.at[batch, mine, piece * call.heads + head], tile.at[piece], loaded)
-      lse, delta = (plgpu.load(ref.at[batch, head, mine], layout=leaves.WGMMA.reduce(1), optimized=False)
-                    for ref in (lse_ref, delta_ref))
-      lse, delta = (functools.partial(lax.broadcast_in_dim, x, (height, columns), [0]) for x in (lse, delta))
+
+      def statistics(batch, head, row):
+        return tuple(plgpu.load(ref.at[batch, head, pl.ds(row, height)], layout=leaves.WGMMA.reduce(1), optimized=False)
+                     for ref in (lse_ref, delta_ref))
+
+      of_rows = lse, delta = statistics(batch, head, row)
       plgpu.barrier_wait(loaded)
 
-      def gradients(n, qk, dp, sums, masked):
-        """(d(q·k), sums over keys) of tile n."""
-        window = leaves.Window(batch, head, row, walk.tile(n) * columns, height, columns)
-        got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, masked, wanted, qk, lse, dp, delta)
+      def gradients(batch, head, row, key, qk, dp, sums, masked, hide=False, of_rows=of_rows):
+        """(d(q·k), sums over keys) with the keys from `key` on."""
+        window = leaves.Window(batch, head, row, key, *qk.shape)
+        got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, masked, wanted, qk,
+                             lambda: window.along_rows(of_rows[0]), dp, lambda: window.along_rows(of_rows[1]), hide)
         return got.dqk, tuple(total + call.rows.sum(x) for total, x in zip(sums, got.dleaves))
 
-      step = functools.partial(_dq_step, call, gradients, delta, q_tile, dout_tile, keys, values,
-                               memory.ds.at[warpgroup] if "ds" in scratch else None)
-      acc = launch.in_layout(jnp.zeros((height, width), jnp.float32))
-      sums = tuple(launch.in_layout(jnp.zeros((height,), jnp.float32), 1) for _ in wanted)
-      acc, sums = launch.visit_all(call, walk, step, (acc, sums))
-      for ref, total in zip(dleaf_refs, sums):
-        ref.at[batch, head, mine][...] = total
-      out_tile = memory.out.at[warpgroup] if "out" in scratch else q_tile.at[0]
-      out_tile[...] = (acc * call.unit).astype(out_dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(out_tile, dq_ref.at[batch, mine, head])
-      plgpu.wait_smem_to_gmem(0)
+      step = functools.partial(
+          _dq_step, call, lambda n, *args: gradients(batch, head, row, walk.tile(n) * columns, *args),
+          lambda: lax.broadcast_in_dim(delta, (height, columns), [0]), q_tile, dout_tile, keys, values,
+          memory.ds.at[warpgroup] if "ds" in scratch else None)
+      zeros = lambda *shape: launch.in_layout(jnp.zeros(shape, jnp.float32), None if len(shape) == 2 else 1)
+      no_sums = tuple(zeros(height) for _ in wanted)
+      acc, sums = launch.visit_all(call, walk, step, (zeros(height, width), no_sums))
 
-  outs = [jax.ShapeDtypeStruct((batch, call.queries, call.heads, width), out_dtype),
+      def place():
+        batch, head, warpgroup = launch.place(visit_refs[1][0])
+        kv_head = lax.div(head, call.groups)
+        number, walk = launch.walk(visits, visit_refs, batch, kv_head)
+        return batch, head, kv_head, warpgroup, number * rows + warpgroup * height, walk
+
+      def leave():
+        batch, head, _, warpgroup, row, _ = place()
+        mine = pl.ds(row, height)
+        for ref, total in zip(dleaf_refs, sums):
+          ref.at[batch, head, mine][...] = total
+        out_tile = memory.out.at[warpgroup] if "out" in scratch else memory.q.at[warpgroup, 0]
+        out_tile[...] = (acc * call.unit).astype(out_dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_tile, dq_ref.at[batch, mine, head])
+        plgpu.wait_smem_to_gmem(0)
+
+      def again():
+        batch, head, kv_head, warpgroup, row, walk = place()
+        lse, delta = statistics(batch, head, row)
+        few = pl.ds(0, mend.KEYS)
+        tiles = [lambda piece, tiles=tiles: tiles.at[warpgroup, piece, few] for tiles in (memory.k_tiles, memory.v_tiles)]
+
+        def compute(column):
+          def visit(key, carry):
+            acc, sums = carry
+            places = [(batch, pl.ds(key, mend.KEYS), piece * call.kv_heads + kv_head) for piece in range(call.pieces)]
+            mend.load([ref.at[x] for ref in (k_ref, v_ref) for x in places],
+                      [tile(piece) for tile in tiles for piece in range(call.pieces)], memory.mended.at[warpgroup])
+            s, dp = mend.two_products(call, (memory.q.at[warpgroup], memory.dout.at[warpgroup]), tiles)
+            less = dp if call.dropped else dp - lax.broadcast_in_dim(delta, dp.shape, [0])
+            ds, sums = gradients(batch, head, row, key, s, lambda: less, sums, True, True, (lse, delta))
+            right = lambda piece: memory.k_tiles.at[warpgroup, piece, few, pl.ds(column, mend.WIDTH)]
+            for piece in range(call.pieces):
+              mend.clean(right(piece))
+            acc, = launch.accumulate(call, [acc], [ds], [right], [memory.ds.at[warpgroup, :, :, few] if "ds" in scratch else None])
+            return acc, sums
+
+          acc, sums = mend.visit_all(walk, columns, visit, (zeros(height, mend.WIDTH), no_sums))
+          for ref, total in zip(dleaf_refs, sums):
+            ref.at[batch, head, pl.ds(row, height)][...] = total
+          return acc * call.unit
+
+        mend.by_columns(width, compute, lambda column, x: mend.store(
+            x, memory.mended_tile.at[warpgroup], dq_ref.at[batch, pl.ds(row, height), head, pl.ds(column, mend.WIDTH)]))
+
+      mend.leave_or(call, memory, leave, again, acc, *sums)
+
+  outs = [jax.ShapeDtypeStruct((batch, residuals.q.shape[1], call.heads, width), out_dtype),
           *(jax.ShapeDtypeStruct((batch, call.heads, tiles * rows), jnp.float32) for _ in wanted)]
   matrix = functools.partial(launch.matrix, dtype)
   scratch = launch.rings(call, warpgroups, k=(columns, width), v=(columns, value_width)) | dict(
@@ -121,6 +178,8 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
     scratch["out"] = launch.matrix(out_dtype, warpgroups, height, width)
   if not call.overlapped:
     scratch["ds"] = matrix(warpgroups, call.pieces, height, columns)
+  if call.masked:
+    scratch |= mend.scratch(warpgroups, 2 * call.pieces, out_dtype)
   grid = {"head": call.heads, "tile": tiles, "batch": batch}
   ins = [*residuals, *launch.flat(visits), *call.stored(logits, (rows, columns))]
   dq, *dleaves = call.launch(kernel, "jflash_dq", grid, warpgroups, ins, outs, scratch)
@@ -194,8 +253,8 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
     visit_refs, leaf_refs, refs = refs[:4], refs[4:4 + count], refs[4 + count:]
     grad_refs, dleaf_refs = refs[:len(widths)], refs[len(widths):]
     memory = types.SimpleNamespace(**scratch)
-    batch, kv_head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
-    number, walk = launch.walk(visits, visit_refs, batch, kv_head, lax.axis_index("tile"))
+    batch, kv_head, warpgroup = launch.place()
+    number, walk = launch.walk(visits, visit_refs, batch, kv_head)
     queries = launch.Ring(memory.q_tiles, memory.q_full, memory.q_empty, stages)
     douts = launch.Ring(memory.dout_tiles, memory.dout_full, memory.dout_empty, stages)
 
@@ -223,39 +282,103 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
           plgpu.copy_gmem_to_smem(source.at[batch, mine, piece * call.kv_heads + kv_head], tile.at[piece], loaded)
       plgpu.barrier_wait(loaded)
 
-      def of_group(g, accs):
-        head = kv_head * groups + g
+      def statistic(ref, slot, size=rows):
+        load = lambda: plgpu.load(ref.at[slot, pl.ds(0, size)], layout=leaves.WGMMA.reduce(0))
+        return lambda: lax.broadcast_in_dim(load(), (height, size), [1])
 
-        def statistic(ref, n):
-          slot = queries.slot(g * walk.count + n)
-          load = lambda: plgpu.load(ref.at[slot], layout=leaves.WGMMA.reduce(0))
-          return lambda: lax.broadcast_in_dim(load(), (height, rows), [1])
+      def place():
+        batch, kv_head, warpgroup = launch.place(visit_refs[1][0])
+        number, walk = launch.walk(visits, visit_refs, batch, kv_head)
+        return batch, kv_head, warpgroup, number * columns + warpgroup * height, walk
 
-        def gradients(n, qk, dp, sums, masked):
-          """(Pᵀ after dropout, d(q·k)ᵀ, sums over queries) of tile n of this head."""
-          window = leaves.Window(batch, head, walk.tile(n) * rows, column, rows, height, transposed=True)
-          got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, masked, wanted, qk,
-                               statistic(memory.lse, n), dp, statistic(memory.delta, n))
-          return got.drop(got.p), got.dqk, tuple(total + call.rows.sum(x) for total, x in zip(sums, got.dleaves))
+      def gradients(batch, column, head, row, slot, qk, dp, sums, masked, hide=False):
+        """(Pᵀ after dropout, d(q·k)ᵀ, sums over queries) of a head's queries from `row` on, with statistics at `slot`."""
+        window = leaves.Window(batch, head, row, column, qk.shape[1], height, transposed=True)
+        got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, masked, wanted, qk,
+                             statistic(memory.lse, slot, qk.shape[1]), dp, statistic(memory.delta, slot, qk.shape[1]), hide)
+        return got.drop(got.p), got.dqk, tuple(total + call.rows.sum(x) for total, x in zip(sums, got.dleaves))
 
-        step = functools.partial(_dkv_step, call, of, gradients, functools.partial(statistic, memory.delta), k_tile, v_tile, queries, douts, g * walk.count,
-                                 [memory.ds.at[warpgroup], memory.p.at[warpgroup]] if "p" in scratch else [None, None])
-        sums = tuple(launch.in_layout(jnp.zeros((height,), jnp.float32), 1) for _ in wanted)
-        accs, sums = launch.visit_all(call, walk, step, (accs, sums))
-        for ref, total in zip(dleaf_refs, sums):
-          ref.at[batch, head, mine][...] = total
-        return accs
+      zeros = lambda *shape: launch.in_layout(jnp.zeros(shape, jnp.float32), None if len(shape) == 2 else 1)
+      written = (lambda warpgroup, part: [ref.at[warpgroup, :, :, part] for ref in (memory.ds, memory.p)]) if "p" in scratch else (
+          lambda warpgroup, part: [None, None])
 
-      accs = tuple(launch.in_layout(jnp.zeros((height, w), jnp.float32)) for w in widths)
-      accs = lax.fori_loop(0, groups, of_group, accs) if groups > 1 else of_group(0, accs)
-      for which, (acc, unit) in enumerate(zip(accs, units)):
-        out_tile = memory.out.at[warpgroup, :, pl.ds(0, acc.shape[1])] if "out" in scratch else k_tile.at[0]
-        out_tile[...] = (acc * unit).astype(out_dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_tile, grad_refs[which].at[batch, mine, kv_head])
-        plgpu.wait_smem_to_gmem(0)
+      def of_groups(kv_head, visit_group, accs):
+        """`visit_group(head, g, (accs, sums))` for all query heads; their sums are left, the others go on."""
+        def of_group(g, accs):
+          accs, sums = visit_group(kv_head * groups + g, g, (accs, tuple(zeros(height) for _ in wanted)))
+          if wanted:
+            batch, kv_head_here, _, column, _ = place()
+            for ref, total in zip(dleaf_refs, sums):
+              ref.at[batch, kv_head_here * groups + g, pl.ds(column, height)][...] = total
+          return accs, sums
+        if groups == 1:
+          return of_group(0, accs)
+        return lax.fori_loop(0, groups, lambda g, carry: _adding(of_group(g, carry[0]), carry[1]), (
+            accs, tuple(zeros(height) for _ in wanted)))
 
-  outs = [*(jax.ShapeDtypeStruct((batch, call.keys, call.kv_heads, w), out_dtype) for w in widths),
+      def visit_group(head, g, carry):
+        slot = lambda n: queries.slot(g * walk.count + n)
+        step = functools.partial(
+            _dkv_step, call, of, lambda n, *args: gradients(batch, column, head, walk.tile(n) * rows, slot(n), *args),
+            lambda n: statistic(memory.delta, slot(n)), k_tile, v_tile, queries, douts, g * walk.count, written(warpgroup, pl.ds(0, rows)))
+        return launch.visit_all(call, walk, step, carry)
+
+      accs, sums = of_groups(kv_head, visit_group, tuple(zeros(height, w) for w in widths))
+
+      def leave():
+        batch, kv_head, warpgroup, column, _ = place()
+        mine = pl.ds(column, height)
+        for which, (acc, unit) in enumerate(zip(accs, units)):
+          out_tile = memory.out.at[warpgroup, :, pl.ds(0, acc.shape[1])] if "out" in scratch else memory.k.at[warpgroup, 0]
+          out_tile[...] = (acc * unit).astype(out_dtype)
+          plgpu.commit_smem()
+          plgpu.copy_smem_to_gmem(out_tile, grad_refs[which].at[batch, mine, kv_head])
+          plgpu.wait_smem_to_gmem(0)
+
+      def again():
+        batch, kv_head, warpgroup, column, walk = place()
+        k_tile, v_tile = memory.k.at[warpgroup], memory.v.at[warpgroup] if of[0] else None
+        few = pl.ds(0, mend.KEYS)
+        tiles = [lambda piece, tiles=tiles: tiles.at[warpgroup, piece, few] for tiles in (memory.q_tiles, memory.dout_tiles)]
+
+        def of_which(which, of_keys):
+          """dK where `of_keys`, or else dV."""
+          right_tiles = memory.q_tiles if of_keys else memory.dout_tiles
+
+          def compute(first):
+            def visit_group(head, g, carry):
+              def visit(row, carry):
+                (acc,), sums = carry
+                here = pl.ds(row, mend.KEYS)
+                places = [(batch, here, piece * call.heads + head) for piece in range(call.pieces)]
+                statistics = [(ref.at[batch, head, here], slots.at[warpgroup, few])
+                              for ref, slots in ((lse_ref, memory.lse), (delta_ref, memory.delta))]
+                sources = [ref.at[x] for ref in (q_ref, dout_ref) for x in places] + [source for source, _ in statistics]
+                into = [tile(piece) for tile in tiles for piece in range(call.pieces)] + [slot for _, slot in statistics]
+                mend.load(sources, into, memory.mended.at[warpgroup])
+                s, dp = mend.two_products(call, (k_tile, v_tile), tiles)
+                less = dp if call.dropped else dp - statistic(memory.delta, warpgroup, mend.KEYS)()
+                p, ds, sums = gradients(batch, column, head, row, warpgroup, s, lambda: less, sums, True, True)
+                right = lambda piece: right_tiles.at[warpgroup, piece, few, pl.ds(first, mend.WIDTH)]
+                if of_keys:
+                  for piece in range(call.pieces):
+                    mend.clean(right(piece))
+                return tuple(launch.accumulate(call, [acc], [ds if of_keys else p], [right], [written(warpgroup, few)[0 if of_keys else 1]])), sums
+              return mend.visit_all(walk, rows, visit, carry)
+
+            (acc,), _ = of_groups(kv_head, visit_group, (zeros(height, mend.WIDTH),))
+            return acc * units[which]
+
+          mend.by_columns(widths[which], compute, lambda first, x: mend.store(
+              x, memory.mended_tile.at[warpgroup],
+              grad_refs[which].at[batch, pl.ds(column, height), kv_head, pl.ds(first, mend.WIDTH)]))
+
+        for which, of_keys in enumerate([kind for kind, asked in zip((True, False), of) if asked]):
+          of_which(which, of_keys)
+
+      mend.leave_or(call, memory, leave, again, *accs, *sums)
+
+  outs = [*(jax.ShapeDtypeStruct((batch, residuals.k.shape[1], call.kv_heads, w), out_dtype) for w in widths),
           *(jax.ShapeDtypeStruct((batch, call.heads, tiles * columns), jnp.float32) for _ in wanted)]
   matrix = functools.partial(launch.matrix, dtype)
   scratch = launch.rings(call, warpgroups, 1, q=(rows, width), dout=(rows, value_width)) | dict(
@@ -266,12 +389,20 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
     scratch["out"] = launch.matrix(out_dtype, warpgroups, height, max(widths))
   if of[0]:
     scratch["v"] = matrix(warpgroups, call.pieces, height, value_width)
+  if call.masked:
+    scratch |= mend.scratch(warpgroups, 2 * call.pieces + 2, out_dtype)
   if not call.overlapped:
     scratch |= dict(p=matrix(warpgroups, call.pieces, height, rows), ds=matrix(warpgroups, call.pieces, height, rows))
   grid = {"head": call.kv_heads, "tile": tiles, "batch": batch}
   ins = [*residuals, *launch.flat(visits), *call.stored(logits, (rows, columns), transposed=True)]
   results = call.launch(kernel, "jflash_dkv", grid, warpgroups, ins, outs, scratch)
   return results[:len(widths)], results[len(widths):]
+
+
+def _adding(result, before):
+  """What a head's visits give, with the sums of heads before it: whether any is not finite shows in the whole."""
+  accs, sums = result
+  return accs, tuple(a + b for a, b in zip(sums, before))
 
 
 def _dkv_step(call, of, gradients, delta, k_tile, v_tile, queries, douts, before, written, n, carry, masked):

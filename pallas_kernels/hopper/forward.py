@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import schedule, softmax
-from . import launch, leaves
+from . import launch, leaves, mend
 
 
 class Tiles(NamedTuple):
@@ -46,9 +46,13 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
 
   def kernel(q_ref, k_ref, v_ref, *refs, **scratch):
     visit_refs, leaf_refs, (out_ref, lse_ref) = refs[:4], refs[4:4 + count], refs[4 + count:]
-    batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
-    kv_head = lax.div(head, call.groups)
-    number, walk = launch.walk(visits, visit_refs, batch, kv_head, lax.axis_index("tile"))
+    def place(zero=0):
+      batch, head, warpgroup = launch.place(zero)
+      kv_head = lax.div(head, call.groups)
+      number, walk = launch.walk(visits, visit_refs, batch, kv_head)
+      return batch, head, kv_head, warpgroup, number * rows + warpgroup * launch.WARPGROUP_ROWS, walk
+
+    batch, head, kv_head, warpgroup, row, walk = place()
     memory = types.SimpleNamespace(**scratch)
     keys = launch.Ring(memory.k_tiles, memory.k_full, memory.k_empty, stages)
     values = launch.Ring(memory.v_tiles, memory.v_full, memory.v_empty, stages)
@@ -61,36 +65,65 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
     @pl.when(warpgroup < warpgroups)
     def _():
       launch.share_registers(warpgroups, loads=False)
-      row = number * rows + warpgroup * launch.WARPGROUP_ROWS
       q_tile, q_loaded = memory.q.at[warpgroup], memory.q_loaded.at[warpgroup]
       for piece in range(call.pieces):
         plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, launch.WARPGROUP_ROWS), piece * call.heads + head], q_tile.at[piece],
                                 q_loaded)
       plgpu.barrier_wait(q_loaded)
 
-      def weights(n, qk, m, total, masked):
-        """(m, total, shrink, P after dropout) with tile n."""
-        window = leaves.Window(batch, head, row, walk.tile(n) * columns, launch.WARPGROUP_ROWS, columns)
+      def weights(batch, head, row, key, qk, m, total, masked):
+        """(m, total, shrink, P after dropout, 1 for what is seen) with the keys from `key` on."""
+        window = leaves.Window(batch, head, row, key, *qk.shape)
         tiles = call.tiles_of(logits, leaf_refs, window)
         s = call.scores(logits, tiles, window, qk, masked)
         m, total, shrink, p = softmax.advance(m, total, s, call.rows, call.weight)
-        return m, total, shrink, call.drop(logits, tiles, p)
+        return m, total, shrink, call.drop(logits, tiles, p), jnp.where(s == -softmax.INF, 0.0, 1.0)
 
       fill = lambda x: launch.in_layout(jnp.full((launch.WARPGROUP_ROWS,), x, jnp.float32), 1)
       start = softmax.State(fill(-softmax.INF), fill(0.0), launch.in_layout(
           jnp.zeros((launch.WARPGROUP_ROWS, value_width), jnp.float32)))
       attend = _overlapped if call.overlapped else _in_turn
-      state = attend(call, Tiles(q_tile, keys, values, getattr(memory, "p", None), getattr(memory, "turn", None)), warpgroup, walk,
-                     weights, start)
+      tiles = Tiles(q_tile, keys, values, getattr(memory, "p", None), getattr(memory, "turn", None))
+      state = attend(call, tiles, warpgroup, walk, functools.partial(weights, batch, head, row), start)
       out, lse = softmax.finish(state, call.rows, call.unit)
-      lse_ref.at[batch, head, pl.ds(row, launch.WARPGROUP_ROWS)][...] = lse
-      out_tile = memory.out.at[warpgroup] if "out" in scratch else q_tile.at[0]
-      out_tile[...] = out.astype(out_dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(out_tile, out_ref.at[batch, pl.ds(row, launch.WARPGROUP_ROWS), head])
-      plgpu.wait_smem_to_gmem(0)
 
-  outs = [jax.ShapeDtypeStruct((batch, call.queries, call.heads, value_width), out_dtype),
+      def leave_lse():
+        batch, head, _, _, row, _ = place(visit_refs[1][0])
+        lse_ref.at[batch, head, pl.ds(row, launch.WARPGROUP_ROWS)][...] = lse
+
+      def leave():
+        batch, head, _, warpgroup, row, _ = place(visit_refs[1][0])
+        out_tile = memory.out.at[warpgroup] if "out" in scratch else memory.q.at[warpgroup, 0]
+        out_tile[...] = out.astype(out_dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_tile, out_ref.at[batch, pl.ds(row, launch.WARPGROUP_ROWS), head])
+        plgpu.wait_smem_to_gmem(0)
+
+      def again():
+        batch, head, kv_head, warpgroup, row, walk = place(visit_refs[1][0])
+        q_tile, mine = memory.q.at[warpgroup], pl.ds(row, launch.WARPGROUP_ROWS)
+        first = pl.ds(0, mend.KEYS)
+        k_tile = lambda piece: memory.k_tiles.at[warpgroup, piece, first]
+        v_tile = lambda piece: memory.v_tiles.at[warpgroup, piece, first]
+        v_columns = lambda column, piece: memory.v_tiles.at[warpgroup, piece, first, pl.ds(column, mend.WIDTH)]
+
+        def scores(key):
+          at = [(batch, pl.ds(key, mend.KEYS), piece * call.kv_heads + kv_head) for piece in range(call.pieces)]
+          mend.load([ref.at[x] for ref in (k_ref, v_ref) for x in at],
+                    [tile(piece) for tile in (k_tile, v_tile) for piece in range(call.pieces)], memory.mended.at[warpgroup])
+          return launch.product(call, lambda a, b: (q_tile.at[a], k_tile(b).transpose((1, 0))),
+                                plgpu.ACC((launch.WARPGROUP_ROWS, mend.KEYS), jnp.float32))
+
+        narrow = launch.in_layout(jnp.zeros((launch.WARPGROUP_ROWS, mend.WIDTH), jnp.float32))
+        compute = mend.attend_again(call, walk, functools.partial(weights, batch, head, row), scores, v_columns, memory.p.at[warpgroup, :, :, first] if "p" in scratch else None,
+                                    start._replace(acc=narrow))
+        mend.by_columns(value_width, compute, lambda column, x: mend.store(
+            x, memory.mended_tile.at[warpgroup], out_ref.at[batch, mine, head, pl.ds(column, mend.WIDTH)]))
+
+      leave_lse()
+      mend.leave_or(call, memory, leave, again, state.acc)
+
+  outs = [jax.ShapeDtypeStruct((batch, q.shape[1], call.heads, value_width), out_dtype),
           jax.ShapeDtypeStruct((batch, call.heads, tiles * rows), jnp.float32)]
   matrix = functools.partial(launch.matrix, call.dtype)
   scratch = launch.rings(call, warpgroups, k=(columns, width), v=(columns, value_width)) | dict(
@@ -100,6 +133,8 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
     scratch["out"] = launch.matrix(out_dtype, warpgroups, launch.WARPGROUP_ROWS, value_width)
   if not call.overlapped:
     scratch["p"] = matrix(warpgroups, call.pieces, launch.WARPGROUP_ROWS, columns)
+  if call.masked:
+    scratch |= mend.scratch(warpgroups, 2 * call.pieces, out_dtype)
   if call.turns:
     scratch["turn"] = plgpu.Barrier(num_barriers=2)
   grid = {"head": call.heads, "tile": tiles, "batch": batch}
@@ -115,7 +150,7 @@ def _overlapped(call: launch.Call, tiles: Tiles, warpgroup: Any, walk: launch.Wa
   narrow = lambda p: launch.pieces(p, call.pieces, tiles.q.dtype)
 
   def first(state):
-    m, total, _, p = weights(0, _scores(call, tiles, 0), state.m, state.total, call.masked)
+    m, total, _, p, _ = weights(walk.tile(0) * columns, _scores(call, tiles, 0), state.m, state.total, call.masked)
     return m, total, p
 
   def step(n, carry, masked):
@@ -136,7 +171,7 @@ def _overlapped(call: launch.Call, tiles: Tiles, warpgroup: Any, walk: launch.Wa
         plgpu.barrier_arrive(tiles.turn.at[1 - warpgroup])
       s = plgpu.wgmma_accumulator_load(s_ref, wait_n=len(call.products))
       tiles.keys.release(n)
-      m_ref[...], total_ref[...], shrink_ref[...], p_ref[...] = weights(n, s, m, total, masked)
+      m_ref[...], total_ref[...], shrink_ref[...], p_ref[...], _ = weights(walk.tile(n) * columns, s, m, total, masked)
 
     acc, _, m, total, shrink, p = pl.run_state(products)(
         (plgpu.ACC.init(acc), plgpu.ACC.init(zeros), m, total, jnp.zeros_like(m), jnp.zeros_like(zeros)))
@@ -175,7 +210,7 @@ def _in_turn(call: launch.Call, tiles: Tiles, warpgroup: Any, walk: launch.Walk,
   """Adds all visits, one product after the other, with P in shared memory."""
   def step(n, state, masked):
     s = _scores(call, tiles, n)
-    m, total, shrink, p = weights(n, s, state.m, state.total, masked)
+    m, total, shrink, p, _ = weights(walk.tile(n) * call.tiles[1], s, state.m, state.total, masked)
     tiles.values.wait(n)
     acc, = launch.accumulate(call, [state.acc * call.rows.spread(shrink, state.acc.shape[1])], [p],
                              [lambda b: tiles.values.tile(n, b)], [tiles.p.at[warpgroup]])

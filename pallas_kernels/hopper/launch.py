@@ -24,11 +24,12 @@ _LOADER_REGISTERS, _COMPUTE_REGISTERS = {2: 24, 3: 32}, {2: 240, 3: 160}  # of a
 class Call:
   """One problem on one GPU: sizes, tiles and how to compute.
 
-  q `[B, T, P · N, H]`, k `[B, S, P · K, H]`, v `[B, S, P · K, E]`, bfloat16 or float16, H and E multiples of 64. P is 1, or for
+  q `[B, T, P · N, H]`, k `[B, S, P · K, H]`, v `[B, S, P · K, E]`, bfloat16 or float16, with T and S filled up to multiples of
+  8, as TMA copies tiles of 8 rows, and H and E to multiples of 64. P is 1, or for
   float32 2 or 3: what rounding to bfloat16 takes away follows as heads of their own.
   """
 
-  queries: int
+  queries: int  # T and S before they were filled up
   keys: int
   heads: int  # N
   kv_heads: int  # K
@@ -62,7 +63,11 @@ class Call:
     """Which pieces of two operands are multiplied: all but those below the last piece's own rounding error."""
     return [(a, b) for a in range(self.pieces) for b in range(self.pieces - a)]
 
-  def scores(self, logits: Any, tiles: Any, window: leaves.Window, qk: Any, masked: bool) -> Any:
+  @property
+  def take(self) -> Any:
+    return lookup.interpreted if self.interpret else lookup.take
+
+  def scores(self, logits: Any, tiles: Any, window: leaves.Window, qk: Any, masked: bool, take: Any = None) -> Any:
     """The scores of a window; what lies past the last query or key is masked."""
     row, column = window.numbers(bool(self.interpret))
     inside = None
@@ -72,7 +77,7 @@ class Call:
       inside = (column < self.keys) if inside is None else inside & (column < self.keys)
     logits = jax.tree.unflatten(jax.tree.structure(logits), tiles)
     at = logits.coordinates(window.everywhere(window.batch), window.everywhere(window.head), row, column,
-                            lookup.interpreted if self.interpret else lookup.take)
+                            take or self.take, gathers=True)
     return logits.scores(qk, at, masked, inside)
 
   def tiles_of(self, logits: Any, refs: Any, window: leaves.Window) -> list[Any]:
@@ -226,23 +231,32 @@ class Walk(NamedTuple):
   """The lists of visits in global memory, flat, and where those of one row of tiles are."""
 
   tiles: Any
-  base: Any
   start: Any
   count: Any
   partial: Any
 
   def tile(self, n: Any) -> Any:
-    return self.tiles[self.base + self.start + n]
+    return self.tiles[self.start + n]
 
 
-def walk(visits: schedule.RowVisits, refs: Any, batch: Any, kv_head: Any, n: Any) -> tuple[Any, Walk]:
-  """The row of tiles that is the n-th longest, and its visits."""
+def place(zero: Any = 0) -> tuple[Any, Any, Any]:
+  """(batch element, head, warpgroup) of this thread.
+
+  With a 0 that was read from memory they are computed anew: the compiler cannot know that it could have kept them, and all that
+  follows from them, in registers over a loop that has none to spare.
+  """
+  return tuple(lax.axis_index(name) + zero for name in ("batch", "head", "warpgroup"))  # type: ignore[return-value]
+
+
+def walk(visits: schedule.RowVisits, refs: Any, batch: Any, kv_head: Any) -> tuple[Any, Walk]:
+  """The row of tiles that this thread block has, and its visits; the longest rows come first."""
   tiles, starts, partial, order = refs
   lists, (length, rows) = visits.tiles.shape[:2], (visits.tiles.shape[2], visits.partial.shape[2])
   number = (batch * lists[1] if lists[0] > 1 else 0) + (kv_head if lists[1] > 1 else 0)
-  row = order[number * rows + n]
+  row = order[number * rows + lax.axis_index("tile")]
   start = starts[number * (rows + 1) + row]
-  return row, Walk(tiles, number * length, start, starts[number * (rows + 1) + row + 1] - start, partial[number * rows + row])
+  count = starts[number * (rows + 1) + row + 1] - start
+  return row, Walk(tiles, number * length + start, count, partial[number * rows + row])
 
 
 def flat(visits: schedule.RowVisits) -> list[Any]:

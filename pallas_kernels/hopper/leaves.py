@@ -91,6 +91,7 @@ class Table(NamedTuple):
 
   ref: Any
   at: tuple[Any, Any]
+  shape: tuple[int, ...]  # before `store`
 
 
 def store(x: Any, sides: tuple[int, int], transposed: bool = False) -> Any:
@@ -127,7 +128,7 @@ def tile(x: Any, ref: Any, window: Window) -> Any:
   batches, heads, queries, keys = runs_along(x)
   at = window.batch if batches else 0, window.head if heads else 0
   if x.ndim > 4:
-    return Table(ref, at)
+    return Table(ref, at, x.shape)
   rows, columns = pl.ds(window.row, window.rows), pl.ds(window.column, window.columns)
   if queries and keys:
     place = (columns, rows) if window.transposed else (rows, columns)

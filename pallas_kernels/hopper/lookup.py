@@ -27,6 +27,21 @@ def take(table: leaves.Table, index: Any) -> Any:
   return gather(table.ref.at[table.at], index)
 
 
+class Replay:
+  """`take` of a function that is called twice, first for what it finds, and then to be differentiated, which `take` cannot be."""
+
+  def __init__(self, take: Any):
+    self.take, self.found, self.ready = take, [], False
+
+  def __call__(self, table: leaves.Table, index: Any) -> Any:
+    if not self.ready:
+      self.found.append(self.take(table, index))
+      return self.found[-1]
+    value = self.found.pop(0)
+    self.found.append(value)
+    return value
+
+
 def interpreted(table: leaves.Table, index: Any) -> Any:
   """The same in plain JAX, for the interpreter."""
   return table.ref[table.at][index]

@@ -92,7 +92,7 @@ def tile_gradient(call: launch.Call, residuals: launch.Residuals, logits: Any, w
 
         def gradient(s, dp):
           got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, call.masked, (wanted,), s,
-                               statistic(lse_ref), dp, statistic(delta_ref))
+                               statistic(lse_ref), dp, statistic(delta_ref), hide=call.masked)
           return got.dleaves[0]
 
         queries.wait(n)
@@ -112,11 +112,10 @@ def tile_gradient(call: launch.Call, residuals: launch.Residuals, logits: Any, w
 
       visits(add, leave, launch.in_layout(jnp.zeros((height, columns), jnp.float32)))
 
-  # TMA wants rows of whole 16 bytes.
-  out = jax.ShapeDtypeStruct((*own, call.queries, call.keys + -call.keys % 8), leaf.dtype)
+  out = jax.ShapeDtypeStruct((*own, row_tiles * rows, key_tiles * columns), leaf.dtype)
   scratch = launch.rings(call, warpgroups, q=(rows, width), k=(columns, width), v=(columns, value_width),
                          dout=(rows, value_width)) | dict(out=launch.matrix(leaf.dtype, warpgroups, height, columns))
   grid = {"head": own[1], "tile": row_tiles, "batch": own[0]}
   ins = [*residuals, jnp.asarray(kinds).reshape(-1), *call.stored(logits, (rows, columns))]
   dleaf, = call.launch(kernel, "jflash_dleaf", grid, warpgroups, ins, [out], scratch)
-  return dleaf[..., :call.keys]
+  return dleaf[..., :call.queries, :call.keys]
