@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from .timing import interleave
 WRONG = 0.05  # largest error, as a share of the largest number, that rounding to bfloat16 does not explain
 SAMPLE = 20e-3  # seconds of calls timed at once: against them, waiting for the last one does not count
 Rows = list[Result]
-Try = Callable[[str], None]  # is told what is begun, so that who watches knows what hung
+Begin = Callable[[str], None]  # is told what is begun, so that who watches knows what hung
+Measure = Callable[[], Rows]
 
 
 class Broken(RuntimeError):
@@ -56,9 +58,35 @@ class Entrant(NamedTuple):
     return f"{self.name}, {self.direction}"
 
 
+class _State:
+  """The programs of a contest, and by label why there is none."""
+
+  def __init__(self, begin: Begin, notes: dict[str, str]):
+    self.begin, self.notes = begin, notes
+    self.programs: dict[str, Program] = {}
+
+  def make(self, entrant: Entrant) -> None:
+    if entrant.label in self.notes:
+      return
+    self.begin(entrant.label)
+    try:
+      self.programs[entrant.label] = entrant.make()
+    except Exception as error:  # whatever a compiler raises; the others go on
+      self.notes[entrant.label] = report.reason(error)
+
+  def start(self, entrant: Entrant, sets: Sequence[dict[str, Any]], limit: float) -> list[Callable[[], Any]]:
+    """Calls of its program, one for each set of inputs."""
+    program = self.programs[entrant.label]
+    if program.temporary > limit:
+      raise MemoryError(f"{program.temporary / 2**30:.3g} GiB of temporary memory, the limit is {limit / 2**30:.3g}")
+    self.begin(entrant.label)
+    arrays = {name: jnp.asarray(x) for name, x in entrant.arrays.items()}
+    return [program.call({name: x for name, x in drawn.items() if name != "dout"} | arrays, drawn["dout"]) for drawn in sets]
+
+
 @dataclasses.dataclass(frozen=True)
 class Contest:
-  """`prepare` compiles, its result measures.
+  """All who take part in one table row's case, in one or both directions.
 
   Attributes:
     case: columns of its rows.
@@ -75,65 +103,44 @@ class Contest:
   exact: Callable[[], Exact] | None = None
   ratios: Callable[[Entrant, Mapping[str, Any]], dict[str, Any]] = lambda entrant, times: {}
 
-  def prepare(self, without: Sequence[str] = ()) -> Callable[[Try], Rows]:
-    """Compiles all but those `without`; the function that it returns measures."""
-    notes: dict[str, str] = {label: "it hung or broke down before" for label in without}
-    programs: dict[str, Program] = {}
-
-    def make(entrant):
-      if entrant.label not in notes:
-        try:
-          programs[entrant.label] = entrant.make()
-        except Exception as error:  # whatever a compiler raises; the others go on
-          notes[entrant.label] = report.reason(error)
-
+  def prepare(self, begin: Begin, without: Sequence[str] = ()) -> Measure:
+    """Compiles all but those `without`, as far as that leaves the device alone; the function that it returns measures."""
+    state = _State(begin, dict.fromkeys(without, "it hung or broke down before"))
     for entrant in self.entrants:
       if not entrant.tunes:
-        make(entrant)
+        state.make(entrant)
+    begin("inputs")
     draw, exact = Draw(self.arguments), self.exact and self.exact()
 
-    def measure(begin: Try) -> Rows:
+    def measure() -> Rows:
       for entrant in self.entrants:
         if entrant.tunes:
-          begin(f"compiling {entrant.label}")
-          make(entrant)
+          state.make(entrant)
       sets = draw.sets()
-      want = exact(sets[0]) if exact else None
-      rows = []
-      for direction in dict.fromkeys(entrant.direction for entrant in self.entrants):
-        chosen = [entrant for entrant in self.entrants if entrant.direction == direction]
-        rows += self._measure(begin, chosen, programs, notes, sets, exact, want)
-      return rows
+      begin("what is exact")
+      error = functools.partial(exact.error, want=exact(sets[0])) if exact else lambda got: None
+      return [row for direction in dict.fromkeys(entrant.direction for entrant in self.entrants)
+              for row in self._measure(direction, state, sets, error)]
 
     return measure
 
-  def _measure(self, begin, entrants, programs, notes, sets, exact, want) -> Rows:
+  def _measure(self, direction: str, state: _State, sets: Sequence[dict[str, Any]], error: Callable[[Any], float | None]) -> Rows:
     """The rows of one direction."""
     calls, errors = {}, {}
+    entrants = [entrant for entrant in self.entrants if entrant.direction == direction]
     for entrant in entrants:
-      if entrant.label in notes:
-        continue
-      program, begun = programs[entrant.label], False
-      try:
-        if program.temporary > self.effort.memory:
-          raise MemoryError(f"{program.temporary / 2**30:.3g} GiB of temporary memory, the limit is "
-                            f"{self.effort.memory / 2**30:.3g}")
-        begin(entrant.label)
-        begun = True
-        arrays = {name: jnp.asarray(x) for name, x in entrant.arrays.items()}
-        starts = [program.call({**{name: x for name, x in each.items() if name != "dout"}, **arrays}, each["dout"])
-                  for each in sets]
-        got = jax.block_until_ready(starts[0]())
-        if want is not None and entrant.checked:
-          errors[entrant.name] = exact.error(got, want)
-        calls[entrant.name] = rotate(starts)
-      except (RuntimeError, ValueError, MemoryError, TypeError) as error:
-        notes[entrant.label] = report.reason(error)
-        if begun:
-          check_device(entrant.label, error)
-    begin("timing " + ", ".join(calls))
+      if entrant.label not in state.notes:
+        try:
+          starts = state.start(entrant, sets, self.effort.memory)
+          got = jax.block_until_ready(starts[0]())
+          errors[entrant.name] = error(got) if entrant.checked else None
+          calls[entrant.name] = rotate(starts)
+        except (RuntimeError, ValueError, MemoryError, TypeError) as raised:
+          state.notes[entrant.label] = report.reason(raised)
+          check_device(entrant.label, raised)
+    state.begin("timing of " + ", ".join(calls))
     times = interleave(calls, repeats=self.effort.repeats, seconds=self.effort.seconds, sample=SAMPLE) if calls else {}
-    return [self._row(entrant, notes, times, errors) for entrant in entrants]
+    return [self._row(entrant, state.notes, times, errors) for entrant in entrants]
 
   def _row(self, entrant, notes, times, errors) -> Result:
     measured: dict[str, Any] = {}

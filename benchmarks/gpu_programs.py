@@ -14,6 +14,7 @@ import numpy as np
 from jflash import _reference
 
 CACHE = 60e6  # bytes of the largest L2 cache among Hopper GPUs
+UNTUNED: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}  # compiles without trying out algorithms on the device
 INPUTS = ("query", "key", "value")
 Arrays = Mapping[str, Any]
 
@@ -111,8 +112,7 @@ class Draw:
 class Exact:
   """One head's attention in float32 and its gradients, densely, to tell how far off the others are.
 
-  The head is the last one of the last batch element. It compiles without trying out algorithms on the device, which would disturb
-  whatever is timed there meanwhile.
+  The head is the last one of the last batch element. It compiles `UNTUNED`, so as not to disturb what is timed meanwhile.
 
   Args:
     arguments: shapes of all that `Draw` draws.
@@ -133,7 +133,7 @@ class Exact:
 
     moving = jax.eval_shape(_last_of_all, dict(arguments))
     shape = None if keep is None else jax.ShapeDtypeStruct(keep.shape, keep.dtype)
-    self.compiled = jax.jit(run).lower(shape, moving, moving["query"]).compile({"xla_gpu_autotune_level": 0})
+    self.compiled = jax.jit(run).lower(shape, moving, moving["query"]).compile(UNTUNED)
 
   def __call__(self, drawn: Arrays) -> dict[str, Any]:
     """"out", and the gradients by name, of that head."""

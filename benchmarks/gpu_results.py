@@ -12,10 +12,10 @@ from .timing import Times
 # part -> the columns of its table besides times, and how their numbers are written
 COLUMNS: dict[str, dict[str, str]] = {
   "checks": {"error": ".1e", "of": "", "allowed": ".0e"},
-  "ceilings": {"GB/s": ".0f", "TFLOP/s": ".0f"},
-  "speed": {"TFLOP/s": ".0f", "× cuDNN": ".3f", "max error": ".1e"},
-  "masks": {"TFLOP/s": ".0f", "GB/s": ".0f", "× cuDNN": ".3f", "of causal": ".2f", "max error": ".1e"},
-  "variants": {"TFLOP/s": ".0f", "of best": ".3f"},
+  "ceilings": {"GB/s": ".4g", "TFLOP/s": ".3g"},
+  "speed": {"TFLOP/s": ".3g", "× cuDNN": ".3f", "max error": ".1e"},
+  "masks": {"TFLOP/s": ".3g", "GB/s": ".4g", "× cuDNN": ".3f", "of causal": ".2f", "max error": ".1e"},
+  "variants": {"TFLOP/s": ".3g", "of best": ".3f"},
 }
 TIMED = ("ceilings", "speed", "masks", "variants")
 

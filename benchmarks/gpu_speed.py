@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import jflash
-from jflash import _api, _plan
+from jflash import _api, _plan, _tiles_gpu
 
 from . import gpu_shapes
-from .gpu_contest import Contest, Effort, Entrant, Rows, Try
+from .gpu_contest import SAMPLE, Begin, Contest, Effort, Entrant, Measure, Rows
 from .gpu_programs import INPUTS, Exact, Program
 from .gpu_results import Result
 from .gpu_shapes import Masking, Shape
 from .timing import interleave
-
 
 Cases = dict[str, Callable[[], Any]]  # name -> what makes a case, with `prepare(without) -> measure(begin) -> rows`
 
@@ -35,6 +34,7 @@ class Setup:
     peers: implementations of `jax.nn.dot_product_attention`; ratios refer to the first.
     tokens, hidden: of the shapes, in all.
     xla_lengths: where the peer "xla" takes part: it takes memory in proportion to N².
+    interpret: whether the kernels run in the Pallas interpreter, to try the checks without a GPU.
   """
 
   effort: Effort = Effort()
@@ -45,6 +45,7 @@ class Setup:
   tokens: int = gpu_shapes.TOKENS
   hidden: int = gpu_shapes.HIDDEN
   xla_lengths: tuple[int, ...] = (2048,)
+  interpret: bool = False
 
   def shape(self, width: int, length: int) -> Shape:
     return gpu_shapes.paper(width, length, self.tokens, self.hidden)
@@ -56,7 +57,8 @@ class Setup:
     if who == "tokamax":
       import tokamax  # type: ignore[import-not-found]
       return tokamax.dot_product_attention
-    return functools.partial(jax.nn.dot_product_attention, implementation=who.removeprefix("jax.nn "))
+    peer: Any = who.removeprefix("jax.nn ")
+    return functools.partial(jax.nn.dot_product_attention, implementation=peer)
 
   def names(self, length: int) -> list[str]:
     """Who is measured at this length."""
@@ -141,19 +143,25 @@ def computed(setup: Setup, shape: Shape, given: Masking, direction: str) -> floa
   static, arrays = given.arguments(True)
   arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
   explain = functools.partial(jflash.explain, **shape.arguments, **arrays, **static, implementation=setup.implementation)
-  tiles = [explain().tiles]
+  tiles = [explain().tiles or (1, 1)]
   if direction == "backward" and setup.implementation == "mosaic_gpu":
-    problem = lambda q: _api.make_problem(**q, **arrays, **static)
-    launches = []
-    jax.eval_shape(lambda q: launches.append(_plan.plan_mosaic_gpu(problem(q)).launches), shape.arguments)
-    tiles = [launches[0].dq.tiles, launches[0].dkv.tiles]
+    launches = launches_of(shape, **arrays, **static)
+    tiles = [launches.dq.tiles, launches.dkv.tiles]
   scores = []
   for rows, columns in tiles:
     with _plan.force_tiles(rows, columns):
       why = explain()
-    assert why.skipped is not None, "arrays are given, so it is known which tiles are skipped"
+    assert why.skipped is not None and why.tile_count, "arrays are given, so it is known which tiles are skipped"
     scores.append(why.tile_count * (1 - why.skipped) * rows * columns)
   return sum(scores) / len(scores)
+
+
+def launches_of(shape: Shape, **arguments: Any) -> _tiles_gpu.Launches:
+  """How the kernels are cut up for a call with these arguments."""
+  found = []
+  jax.eval_shape(lambda arrays: found.append(_plan.plan_mosaic_gpu(_api.make_problem(**arrays, **arguments)).launches),
+                 shape.arguments)
+  return found[0]
 
 
 def _bias(setup: Setup) -> Contest:
@@ -169,10 +177,10 @@ def _bias(setup: Setup) -> Contest:
       program = functools.partial(Program, attend, arguments, direction)
       entrants.append(Entrant(who, direction, functools.partial(program, wrt=(*INPUTS, "bias")), work))
       if direction == "backward":
-        entrants.append(Entrant(f"{who}, bias fixed", direction, functools.partial(program, wrt=INPUTS), work))
+        entrants.append(Entrant(f"{who}, bias fixed", direction, program, work))
       plain = lambda attend=attend, bias=None, **arrays: attend(**arrays)
-      entrants.append(Entrant(f"{who}, no bias", direction, functools.partial(Program, plain, arguments, direction, wrt=INPUTS), work,
-                              checked=False))
+      program = functools.partial(Program, plain, arguments, direction)
+      entrants.append(Entrant(f"{who}, no bias", direction, program, work, checked=False))
   return Contest("masks", {"d": "64", "mask": "bias", "N": str(shape.keys)}, arguments, entrants, setup.effort,
                  lambda: Exact(arguments), functools.partial(to_peer, setup.peers))
 
@@ -196,21 +204,20 @@ class Ceilings:
 
   setup: Setup
 
-  def prepare(self, without: Sequence[str] = ()) -> Callable[[Try], Rows]:
+  def prepare(self, begin: Begin, without: Sequence[str] = ()) -> Measure:
+    del without  # none of this is ours to hang
     small = self.setup.tokens < gpu_shapes.TOKENS
-    return functools.partial(self._measure, without, 1 << 16 if small else 1 << 30, 256 if small else 8192)
+    return functools.partial(self._measure, begin, 1 << 16 if small else 1 << 30, 256 if small else 8192)
 
-  def _measure(self, without: Sequence[str], count: int, side: int, begin: Try) -> Rows:
+  def _measure(self, begin: Begin, count: int, side: int) -> Rows:
+    begin("ceilings")
     draw = jax.jit(lambda key, shape: jax.random.normal(jax.random.key(key), shape, jnp.bfloat16), static_argnums=1)
     negate, product = jax.jit(jnp.negative), jax.jit(jnp.matmul)
     x, a, b = draw(0, (count,)), draw(1, (side, side)), draw(2, (side, side))
-    calls = {f"copy of {2 * count / 1e6:.0f} MB": (functools.partial(negate, x), {"GB/s": 4 * count / 1e9}),
-             f"matrix product, {side} x {side} x {side}": (functools.partial(product, a, b), {"TFLOP/s": 2 * side**3 / 1e12})}
-    calls = {name: call for name, call in calls.items() if name not in without}
-    for name in calls:
-      begin(name)
+    cases = {f"copy of {2 * count / 1e6:.0f} MB": (functools.partial(negate, x), "GB/s", 4 * count / 1e9),
+             f"{side} x {side} x {side} product": (functools.partial(product, a, b), "TFLOP/s", 2 * side**3 / 1e12)}
     effort = self.setup.effort
-    times = interleave({name: call for name, (call, _) in calls.items()}, repeats=effort.repeats, seconds=effort.seconds)
-    return [Result(part="ceilings", case={"": name}, name="XLA", times=times[name],
-                   measured={column: work / times[name].median for column, work in works.items()})
-            for name, (_, works) in calls.items()]
+    times = interleave({name: call for name, (call, _, _) in cases.items()}, repeats=effort.repeats, seconds=effort.seconds,
+                       sample=SAMPLE)
+    return [Result(part="ceilings", case={"what": name}, name="XLA", times=times[name], measured={rate: work / times[name].median})
+            for name, (_, rate, work) in cases.items()]
