@@ -125,7 +125,7 @@ def share_registers(warpgroups: int, loads: bool) -> None:
 
 def matrix(dtype: Any, *shape: int, lanes: int = 64) -> Any:
   """Shared memory for tiles `[…, rows, columns]` that the tensor cores read; operands that are multiplied agree in `lanes`."""
-  width = min(lanes, *shape[-2:]) * jnp.dtype(dtype).itemsize
+  width = min(128, min(lanes, *shape[-2:]) * jnp.dtype(dtype).itemsize)
   return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)),
                                              plgpu.SwizzleTransform(width)))
 
