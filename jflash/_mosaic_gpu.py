@@ -20,10 +20,10 @@ from ._program import programs
 
 # What Mosaic GPU has of what functions of scores may be made of, with derivatives, from JAX 0.11.2 on.
 OPERATIONS = frozenset(
-    "abs add and atan2 broadcast_in_dim clamp convert_element_type copy cos div eq erf exp exp2 ge gt integer_pow le log log2 "
-    "logistic lt max min mul ne neg not or rem reshape rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign "
+    "abs add add_any and atan2 broadcast_in_dim clamp convert_element_type copy cos div eq erf exp exp2 ge gt integer_pow le log log2 "
+    "logistic lt max min mul ne neg not one_minus_square or rem reshape rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign "
     "sin sqrt square squeeze stop_gradient sub tanh xor".split())
-MOST_WIDTH = {1: 256, 2: 256, 3: 128}  # by how many numbers stand for one
+MOST_WIDTH = {1: 128, 2: 128, 3: 64}  # by how many numbers stand for one
 
 
 def supports(problem: Problem) -> str | None:
@@ -39,16 +39,54 @@ def supports(problem: Problem) -> str | None:
   for program in programs(problem.logits):
     if program.reason:
       return program.reason
-    if beyond := sorted(set(program.operations) - OPERATIONS):
-      return f"{program.name} computes {', '.join(beyond)}, for which its kernels have nothing; use implementation='xla'"
+  if programs(problem.logits) and (beyond := sorted(_operations(problem.logits) - OPERATIONS)):
+    return (f"its kernels have nothing for {', '.join(beyond)}, of which {' and '.join(p.name for p in programs(problem.logits))} or "
+            "the derivative are made; use implementation='xla'")
   return None
+
+
+def _operations(logits: Logits) -> set[str]:
+  """The primitives that the scores of a tile and their derivatives are made of."""
+  shape = 8, 8
+  stand_in = lambda x: jax.ShapeDtypeStruct(
+      x.shape if x.ndim > 4 else shape, jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
+  leaves, structure = jax.tree.flatten(logits)
+  floats = [x.ndim <= 4 and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+
+  def scores(qk, moving):
+    moving = iter(moving)
+    zeros = lambda x: x if len(x.shape) > 2 else jnp.zeros(x.shape, x.dtype)
+    tiles = structure.unflatten([next(moving) if f else zeros(stand_in(x)) for f, x in zip(floats, leaves)])
+    at = tiles.coordinates(*(jnp.zeros(shape, jnp.int32) for _ in range(4)), lambda table, index: jnp.ones(index.shape, table.dtype),
+                           gathers=True)
+    return tiles.scores(qk, at, True)
+
+  def both_ways(qk, moving):
+    s, pull = jax.vjp(scores, qk, moving)
+    return pull(s)
+
+  given = [jax.ShapeDtypeStruct(shape, jnp.float32), [stand_in(x) for f, x in zip(floats, leaves) if f]]
+  return _named(jax.make_jaxpr(both_ways)(*given).jaxpr)
+
+
+def _named(jaxpr: Any) -> set[str]:
+  found: set[str] = set()
+  for equation in jaxpr.eqns:
+    name, inner = equation.primitive.name, equation.params.get("jaxpr")
+    if name in ("jit", "pjit"):
+      found |= _named(inner.jaxpr)
+    elif name == "integer_pow" and equation.params["y"] != 2:
+      found.add(f"integer_pow[{equation.params['y']}]")
+    else:
+      found.add(name)
+  return found
 
 
 def _call(problem: Problem, plan: _plan.Plan, of: _tiles_gpu.Launch, unit: float) -> hopper.Call:
   return hopper.Call(
-      problem.queries, problem.keys, problem.heads, problem.kv_heads, _operand_dtype(problem), of.tiles, of.stages, unit,
+      problem.queries, problem.keys, problem.heads // of.fold, problem.kv_heads, _operand_dtype(problem), of.tiles, of.stages, unit,
       schedule.PARTIAL in plan.kinds, problem.logits.dropout is not None, plan.launches.pieces, overlapped=not plan.interpret,
-      turns=of.turns and not plan.interpret, interpret=_interpreter(plan.interpret))
+      turns=of.turns and not plan.interpret, fold=of.fold, interpret=_interpreter(plan.interpret))
 
 
 def _interpreter(params: Any) -> Any:
@@ -59,6 +97,16 @@ def _interpreter(params: Any) -> Any:
 
 def _operand_dtype(problem: Problem) -> Any:
   return jnp.dtype(jnp.bfloat16) if problem.q.dtype == jnp.float32 else problem.q.dtype
+
+
+def _fold(problem: Problem, fold: int, x: Any) -> Any:
+  """A leaf `[B|1, N|1, T|1, S|1]` as `[B|1, K|1, T · G|1, S|1]`; tables as they are."""
+  if fold == 1 or x.ndim > 4 or x.shape[1:3] == (1, 1):
+    return x
+  heads = problem.kv_heads if x.shape[1] > 1 else 1
+  x = x.reshape(x.shape[0], heads, -1, *x.shape[2:])  # [B|1, K|1, G|1, T|1, S|1]
+  x = jnp.broadcast_to(x, (*x.shape[:2], fold, problem.queries, x.shape[4])).swapaxes(2, 3)
+  return x.reshape(x.shape[0], heads, problem.queries * fold, -1)
 
 
 def _lay_out(x: Any, plan: _plan.Plan, dtype: Any) -> Any:
@@ -88,8 +136,16 @@ def forward(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule) ->
 def _forward(problem: Problem, visits: schedule.RowVisits, plan: _plan.Plan) -> tuple[Any, Any]:
   unit, logits = _unit(problem.logits)
   call = _call(problem, plan, plan.launches.forward, unit)
-  q, k, v = (_lay_out(x, plan, call.dtype) for x in (problem.q, problem.k, problem.v))
-  out, lse = hopper.forward(call, q, k, v, logits, visits)
+  fold = call.fold
+  rows = problem.queries * fold
+  q = problem.q.reshape(*problem.q.shape[:2], problem.kv_heads, -1, problem.width)  # [B, T, K, G, H]
+  q = q.swapaxes(2, 3).reshape(problem.batch, rows, -1, problem.width) if fold > 1 else problem.q
+  q, k, v = (_lay_out(x, plan, call.dtype) for x in (q, problem.k, problem.v))
+  out, lse = hopper.forward(call, q, k, v, jax.tree.map(functools.partial(_fold, problem, fold), logits), visits)
+  if fold > 1:
+    unfold = lambda x: x.reshape(problem.batch, problem.queries, fold, problem.kv_heads, -1).swapaxes(2, 3)
+    out = unfold(out[:, :rows]).reshape(problem.batch, problem.queries, problem.heads, -1)
+    lse = unfold(lse[:, :, :rows].transpose(0, 2, 1)).reshape(problem.batch, problem.queries, -1).transpose(0, 2, 1)
   return out[:, :problem.queries, :, :problem.value_width].astype(problem.v.dtype), lse[:, :, :problem.queries].transpose(0, 2, 1)
 
 
@@ -141,7 +197,8 @@ def _by_axes(problem: Problem, wanted: tuple[bool, ...]) -> tuple[list[int], lis
   by_query, by_key, by_both, others = [], [], [], []
   for n, (w, x) in enumerate(zip(wanted, jax.tree.leaves(problem.logits))):
     if w:
-      kind = others if x.ndim > 4 or id(x) in whole else by_both if x.shape[2] > 1 and x.shape[3] > 1 else by_key if (
+      # A cap's derivative divides by its square, for which the kernels have nothing.
+      kind = others if x.ndim > 4 or id(x) in whole or x is problem.logits.soft_cap else by_both if x.shape[2] > 1 and x.shape[3] > 1 else by_key if (
           x.shape[3] > 1) else by_query
       kind.append(n)
   return by_query, by_key, by_both, others

@@ -147,7 +147,7 @@ def plan_tpu(problem: Problem) -> Plan:
 def plan_mosaic_gpu(problem: Problem) -> Plan:
   """Each kernel's tiles by the width of the heads and by what the scores are made of."""
   launches = _forced_launches.get() or _tiles_gpu.launches(problem, _forced_tiles.get())
-  return Plan(launches.forward.tiles, (1, 1), False, interpreting(), launches=launches)
+  return Plan(launches.forward.of_scores, (1, 1), False, interpreting(), launches=launches)
 
 
 def plan_cudnn(problem: Problem) -> Plan:
@@ -184,7 +184,7 @@ def _schedule_on_device(problem: Problem, plan: Plan) -> Schedule | LaunchSchedu
 
 def _schedule(problem: Problem, plan: Plan) -> Schedule | LaunchSchedule:
   if plan.launches is not None:
-    forward, dq, dkv = (_kinds(problem, launch.tiles) for launch in (plan.launches.forward, plan.launches.dq, plan.launches.dkv))
+    forward, dq, dkv = (_kinds(problem, x.of_scores) for x in (plan.launches.forward, plan.launches.dq, plan.launches.dkv))
     visits = schedule.row_visits
     return LaunchSchedule(visits(forward), visits(dq), visits(dkv.swapaxes(-1, -2)), forward, dq)
   kinds = _kinds(problem, plan.tiles)

@@ -18,6 +18,12 @@ class Launch:
   tiles: tuple[int, int]  # query rows, key columns
   stages: int = 2  # tiles loaded ahead
   turns: bool = False  # whether two warpgroups take turns at the tensor cores
+  fold: int = 1  # query heads of a kv head that are rows of one tile, where there are few queries
+
+  @property
+  def of_scores(self) -> tuple[int, int]:
+    """Queries and keys of a tile."""
+    return self.tiles[0] // self.fold, self.tiles[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +47,22 @@ def pieces(dtype: Any) -> int:
 def launches(problem: Problem, forced: tuple[int, int] | None) -> Launches:
   """For a problem with heads of up to 256."""
   width = lane_width(max(problem.width, problem.value_width))
-  arrays = any(isinstance(x, jax.Array) for x in jax.tree.leaves(problem.logits))
+  arrays = bool(jax.tree.leaves(problem.logits))
+  chosen, fold = _chosen(problem, width, arrays, forced), _fold(problem)
+  if fold == 1:
+    return chosen
+  forward = dataclasses.replace(chosen.forward, tiles=(64, chosen.forward.tiles[1]), turns=False, fold=fold)
+  return dataclasses.replace(chosen, forward=forward)
+
+
+def _fold(problem: Problem) -> int:
+  """All query heads of a kv head where they fill less than a tile together, as when decoding; K and V are loaded once for them."""
+  tables = any(x.ndim > 4 and x.shape[1] > 1 for x in jax.tree.leaves(problem.logits))
+  few = problem.queries * problem.groups <= 64 and 64 % problem.groups == 0
+  return problem.groups if few and not tables else 1
+
+
+def _chosen(problem: Problem, width: int, arrays: bool, forced: tuple[int, int] | None) -> Launches:
   if forced:
     small = Launch(forced)
     return Launches(small, small, small, width > 128, pieces(problem.q.dtype))
@@ -53,6 +74,18 @@ def lane_width(n: int) -> int:
   return 64 * -(-n // 64)
 
 
-TABLE = {
-    (width, count, arrays): Launches(Launch((128, 64)), Launch((64, 64), 1), Launch((64, 64), 1), True, count)
-    for width in (64, 128, 192, 256) for count in (1, 2, 3) for arrays in (False, True)}
+# By width, pieces and whether the scores are made of arrays, which take registers. Not tuned on a device yet: these are the largest
+# that the compiler fits into registers and shared memory (JAX 0.12.0.1, ptxas 13.5, 2026-11-23).
+_TURNS = Launch((128, 128), 2, True)
+TABLE: dict[tuple[int, int, bool], Launches] = {
+    (64, 1, False): Launches(_TURNS, Launch((128, 128)), Launch((128, 128)), False, 1),
+    (64, 1, True): Launches(_TURNS, Launch((128, 64)), Launch((64, 128)), False, 1),
+    (128, 1, False): Launches(_TURNS, Launch((128, 128)), Launch((64, 128)), False, 1),
+    (128, 1, True): Launches(Launch((128, 64), 3, True), Launch((128, 64)), Launch((64, 128)), True, 1),
+    (64, 2, False): Launches(Launch((128, 64), 2, True), Launch((128, 64)), Launch((64, 128)), False, 2),
+    (64, 2, True): Launches(Launch((128, 64), 2, True), Launch((128, 64)), Launch((64, 128)), True, 2),
+    (128, 2, False): Launches(Launch((64, 64)), Launch((64, 64), 1), Launch((64, 64), 1), True, 2),
+    (128, 2, True): Launches(Launch((64, 64)), Launch((64, 64), 1), Launch((64, 64), 1), True, 2),
+    (64, 3, False): Launches(Launch((128, 64), 2, True), Launch((64, 64)), Launch((64, 64)), True, 3),
+    (64, 3, True): Launches(Launch((128, 64), 2, True), Launch((64, 64)), Launch((64, 64)), True, 3),
+}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import Literal
 
 from .. import schedule, softmax
 from . import launch, leaves, lookup, mend
@@ -30,9 +31,9 @@ class TileGradients(NamedTuple):
   drop: Any  # dropout of this window
 
 
-def tile_gradients(call: launch.Call, logits: Any, tiles: list[Any], window: leaves.Window, masked: bool, wanted: tuple[int, ...],
-                   qk: Any, lse: Any, dp: Any, delta: Any, hide: bool = False) -> TileGradients:
-  """From q kᵀ, `dp()`, which is dO Vᵀ, less δ unless there is dropout, and `lse()` (in the unit of the scores) and `delta()`.
+def tile_weights(call: launch.Call, logits: Any, tiles: list[Any], window: leaves.Window, masked: bool, wanted: tuple[int, ...],
+                 qk: Any, lse: Any, hide: bool = False) -> tuple[Any, Any]:
+  """From q kᵀ and `lse()`, in the unit of the scores: functions for P after dropout, and, given `dp` and `delta`, for gradients.
 
   Functions are called where they are needed, and not before: a thread has few registers.
 
@@ -54,11 +55,42 @@ def tile_gradients(call: launch.Call, logits: Any, tiles: list[Any], window: lea
   s, pull = jax.vjp(scores, qk, given)
   p = softmax.probabilities(s, lse(), call.weight)
   drop = functools.partial(call.drop, logits, tiles)
-  ds = softmax.dscores(p, drop(dp()), delta()) if call.dropped else softmax.dscores(p, dp(), 0.0)
-  if hide:
-    p, ds = (jnp.where(s == -softmax.INF, 0.0, x) for x in (p, ds))
-  dqk, dleaves = pull(ds)
-  return TileGradients(p, dqk, tuple(dleaves), drop)
+  seen = lambda x: jnp.where(s == -softmax.INF, 0.0, x) if hide else x
+
+  def gradients(dp, delta):
+    ds = softmax.dscores(p, drop(dp()), delta()) if call.dropped else softmax.dscores(p, dp(), 0.0)
+    dqk, dleaves = _with_plain_sums(pull, seen(ds))
+    return TileGradients(seen(p), dqk, tuple(dleaves), drop)
+
+  return lambda: drop(seen(p)), gradients
+
+
+def tile_gradients(call: launch.Call, logits: Any, tiles: list[Any], window: leaves.Window, masked: bool, wanted: tuple[int, ...],
+                   qk: Any, lse: Any, dp: Any, delta: Any, hide: bool = False) -> TileGradients:
+  """As `tile_weights`, and with `dp()`, which is dO Vᵀ, less δ unless there is dropout, and `delta()`."""
+  return tile_weights(call, logits, tiles, window, masked, wanted, qk, lse, hide)[1](dp, delta)
+
+
+def _with_plain_sums(fun: Any, x: Any) -> Any:
+  """`fun(x)`, with additions for the sums of cotangents, which have a primitive of their own that Mosaic GPU lacks."""
+  traced, shape = jax.make_jaxpr(fun, return_shape=True)(x)
+
+  def evaluate(jaxpr, consts, args):
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+    read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
+    for equation in jaxpr.eqns:
+      inputs, primitive, params = [read(a) for a in equation.invars], equation.primitive, equation.params
+      if primitive.name in ("jit", "pjit"):
+        outputs = evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs)
+      elif primitive.name == "add_any":
+        outputs = [inputs[0] + inputs[1]]
+      else:
+        outputs = primitive.bind(*inputs, **primitive.get_bind_params(params))
+        outputs = outputs if primitive.multiple_results else [outputs]
+      values.update(zip(equation.outvars, outputs))
+    return [read(a) for a in jaxpr.outvars]
+
+  return jax.tree.unflatten(jax.tree.structure(shape), evaluate(traced.jaxpr, traced.consts, [x]))
 
 
 def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: schedule.RowVisits,
@@ -72,7 +104,7 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
   (rows, columns), stages, dtype = call.tiles, call.stages, call.dtype
   warpgroups, tiles = rows // launch.WARPGROUP_ROWS, -(-call.queries // rows)
   out_dtype = jnp.float32 if call.pieces > 1 else dtype
-  count, height = len(jax.tree.leaves(logits)), launch.WARPGROUP_ROWS
+  count, height, few_keys = len(jax.tree.leaves(logits)), launch.WARPGROUP_ROWS, min(mend.KEYS, columns)
 
   def kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, **scratch):
     visit_refs, leaf_refs, (dq_ref, *dleaf_refs) = refs[:4], refs[4:4 + count], refs[4 + count:]
@@ -140,13 +172,13 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
       def again():
         batch, head, kv_head, warpgroup, row, walk = place()
         lse, delta = statistics(batch, head, row)
-        few = pl.ds(0, mend.KEYS)
+        few = pl.ds(0, few_keys)
         tiles = [lambda piece, tiles=tiles: tiles.at[warpgroup, piece, few] for tiles in (memory.k_tiles, memory.v_tiles)]
 
         def compute(column):
           def visit(key, carry):
             acc, sums = carry
-            places = [(batch, pl.ds(key, mend.KEYS), piece * call.kv_heads + kv_head) for piece in range(call.pieces)]
+            places = [(batch, pl.ds(key, few_keys), piece * call.kv_heads + kv_head) for piece in range(call.pieces)]
             mend.load([ref.at[x] for ref in (k_ref, v_ref) for x in places],
                       [tile(piece) for tile in tiles for piece in range(call.pieces)], memory.mended.at[warpgroup])
             s, dp = mend.two_products(call, (memory.q.at[warpgroup], memory.dout.at[warpgroup]), tiles)
@@ -158,7 +190,7 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
             acc, = launch.accumulate(call, [acc], [ds], [right], [memory.ds.at[warpgroup, :, :, few] if "ds" in scratch else None])
             return acc, sums
 
-          acc, sums = mend.visit_all(walk, columns, visit, (zeros(height, mend.WIDTH), no_sums))
+          acc, sums = mend.visit_all(walk, columns, visit, (zeros(height, mend.WIDTH), no_sums), few_keys)
           for ref, total in zip(dleaf_refs, sums):
             ref.at[batch, head, pl.ds(row, height)][...] = total
           return acc * call.unit
@@ -170,8 +202,9 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
 
   outs = [jax.ShapeDtypeStruct((batch, residuals.q.shape[1], call.heads, width), out_dtype),
           *(jax.ShapeDtypeStruct((batch, call.heads, tiles * rows), jnp.float32) for _ in wanted)]
-  matrix = functools.partial(launch.matrix, dtype)
-  scratch = launch.rings(call, warpgroups, k=(columns, width), v=(columns, value_width)) | dict(
+  lanes = min(64, columns)
+  matrix = functools.partial(launch.matrix, dtype, lanes=lanes)
+  scratch = launch.rings(call, warpgroups, lanes=lanes, k=(columns, width), v=(columns, value_width)) | dict(
       q=matrix(warpgroups, call.pieces, height, width), dout=matrix(warpgroups, call.pieces, height, value_width),
       loaded=plgpu.Barrier(num_arrivals=2 * call.pieces, num_barriers=warpgroups))
   if out_dtype != dtype:
@@ -190,9 +223,10 @@ def _dq_step(call, gradients, delta, q_tile, dout_tile, keys, values, ds_tile, n
   """Adds tile n; dS is an operand from registers, or from shared memory at `ds_tile`."""
   acc, sums = carry
   keys.wait(n)
+  q, dout = launch.kept(q_tile, n), launch.kept(dout_tile, n)
   ds, sums = two_products(
-      call, lambda a, b: (q_tile.at[a], keys.tile(n, b).transpose((1, 0))),
-      lambda a, b: (dout_tile.at[a], values.tile(n, b).transpose((1, 0))), lambda: values.wait(n), lambda: values.release(n), delta,
+      call, lambda a, b: (q(a), keys.tile(n, b).transpose((1, 0))),
+      lambda a, b: (dout(a), values.tile(n, b).transpose((1, 0))), lambda: values.wait(n), lambda: values.release(n), delta,
       lambda s, dp: gradients(n, s, dp, sums, masked), (launch.WARPGROUP_ROWS, call.tiles[1]))
   acc, = launch.accumulate(call, [acc], [ds], [lambda b: keys.tile(n, b)], [ds_tile])
   keys.release(n)
@@ -211,10 +245,10 @@ def two_products(call: launch.Call, first: Any, second: Any, wait: Any, release:
     return use(s, lambda: dp if call.dropped else dp - start())
 
   def products(s_ref, dp_ref):
+    if not call.dropped:
+      dp_ref[...] = -start()  # between the products ptxas would have to wait for the first (C7517)
     for pair in call.products:
       plgpu.wgmma(s_ref, *first(*pair))
-    if not call.dropped:
-      dp_ref[...] = -start()
     wait()
     for pair in call.products:
       plgpu.wgmma(dp_ref, *second(*pair))
@@ -267,8 +301,9 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
         head, row = kv_head * groups + lax.div(n, walk.count), walk.tile(lax.rem(n, walk.count)) * rows
         at = lambda piece: (batch, pl.ds(row, rows), piece * call.heads + head)
         pieces = range(call.pieces)
-        queries.load(n, [q_ref.at[at(p)] for p in pieces], (lse_ref.at[batch, head, pl.ds(row, rows)], memory.lse))
-        douts.load(n, [dout_ref.at[at(p)] for p in pieces], (delta_ref.at[batch, head, pl.ds(row, rows)], memory.delta))
+        queries.load(n, [q_ref.at[at(p)] for p in pieces], (lse_ref.at[batch, head, pl.ds(row, rows)], memory.lse),
+                     (delta_ref.at[batch, head, pl.ds(row, rows)], memory.delta))
+        douts.load(n, [dout_ref.at[at(p)] for p in pieces])
 
     @pl.when(warpgroup < warpgroups)
     def _():
@@ -381,7 +416,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
   outs = [*(jax.ShapeDtypeStruct((batch, residuals.k.shape[1], call.kv_heads, w), out_dtype) for w in widths),
           *(jax.ShapeDtypeStruct((batch, call.heads, tiles * columns), jnp.float32) for _ in wanted)]
   matrix = functools.partial(launch.matrix, dtype)
-  scratch = launch.rings(call, warpgroups, 1, q=(rows, width), dout=(rows, value_width)) | dict(
+  scratch = launch.rings(call, warpgroups, 2, q=(rows, width)) | launch.rings(call, warpgroups, dout=(rows, value_width)) | dict(
       lse=plgpu.SMEM((stages, rows), jnp.float32), delta=plgpu.SMEM((stages, rows), jnp.float32),
       k=matrix(warpgroups, call.pieces, height, width),
       loaded=plgpu.Barrier(num_arrivals=(1 + of[0]) * call.pieces, num_barriers=warpgroups))
@@ -411,10 +446,12 @@ def _dkv_step(call, of, gradients, delta, k_tile, v_tile, queries, douts, before
   at = before + n
   queries.wait(at)
   shape = launch.WARPGROUP_ROWS, call.tiles[0]
-  scores = lambda a, b: (k_tile.at[a], queries.tile(at, b).transpose((1, 0)))
+  k = launch.kept(k_tile, n)
+  scores = lambda a, b: (k(a), queries.tile(at, b).transpose((1, 0)))
   if of[0]:
+    v = launch.kept(v_tile, n)
     p, ds, sums = two_products(
-        call, scores, lambda a, b: (v_tile.at[a], douts.tile(at, b).transpose((1, 0))), lambda: douts.wait(at), lambda: None,
+        call, scores, lambda a, b: (v(a), douts.tile(at, b).transpose((1, 0))), lambda: douts.wait(at), lambda: None,
         delta(n), lambda s, dp: gradients(n, s, dp, sums, masked), shape)
   else:
     s = launch.product(call, scores, plgpu.ACC(shape, jnp.float32))

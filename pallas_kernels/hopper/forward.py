@@ -40,7 +40,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
   """
   batch, _, _, width = q.shape
   value_width, (rows, columns), stages = v.shape[3], call.tiles, call.stages
-  warpgroups, tiles = rows // launch.WARPGROUP_ROWS, -(-call.queries // rows)
+  warpgroups, tiles = rows // launch.WARPGROUP_ROWS, -(-call.queries * call.fold // rows)
   out_dtype = jnp.float32 if call.pieces > 1 else call.dtype
   count = len(jax.tree.leaves(logits))
 
@@ -115,7 +115,8 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
                                 plgpu.ACC((launch.WARPGROUP_ROWS, mend.KEYS), jnp.float32))
 
         narrow = launch.in_layout(jnp.zeros((launch.WARPGROUP_ROWS, mend.WIDTH), jnp.float32))
-        compute = mend.attend_again(call, walk, functools.partial(weights, batch, head, row), scores, v_columns, memory.p.at[warpgroup, :, :, first] if "p" in scratch else None,
+        p_tile = memory.p.at[warpgroup, :, :, first] if "p" in scratch else None
+        compute = mend.attend_again(call, walk, functools.partial(weights, batch, head, row), scores, v_columns, p_tile,
                                     start._replace(acc=narrow))
         mend.by_columns(value_width, compute, lambda column, x: mend.store(
             x, memory.mended_tile.at[warpgroup], out_ref.at[batch, mine, head, pl.ds(column, mend.WIDTH)]))
@@ -163,7 +164,7 @@ def _overlapped(call: launch.Call, tiles: Tiles, warpgroup: Any, walk: launch.Wa
     def products(refs):
       acc_ref, s_ref, m_ref, total_ref, shrink_ref, p_ref = refs
       for a, b in call.products:
-        plgpu.wgmma(s_ref, tiles.q.at[a], tiles.keys.tile(n, b).transpose((1, 0)))
+        plgpu.wgmma(s_ref, launch.kept(tiles.q, n)(a), tiles.keys.tile(n, b).transpose((1, 0)))
       tiles.values.wait(n - 1)
       for a, b in call.products:
         plgpu.wgmma(acc_ref, p[a], tiles.values.tile(n - 1, b))

@@ -42,6 +42,7 @@ class Call:
   pieces: int  # P
   overlapped: bool  # whether products run beside the softmax of another tile, with P in registers: what no interpreter does
   turns: bool  # whether two warpgroups take turns at the tensor cores
+  fold: int  # query heads that follow each other as rows: row r is query r // fold of head `fold` · head + r mod fold
   interpret: Any
 
   @property
@@ -70,13 +71,16 @@ class Call:
   def scores(self, logits: Any, tiles: Any, window: leaves.Window, qk: Any, masked: bool, take: Any = None) -> Any:
     """The scores of a window; what lies past the last query or key is masked."""
     row, column = window.numbers(bool(self.interpret))
+    head = window.everywhere(window.head)
+    if self.fold > 1:
+      head, row = head * self.fold + lax.rem(row, jnp.int32(self.fold)), lax.div(row, jnp.int32(self.fold))
     inside = None
-    if masked and self.queries % self.tiles[0]:
+    if masked and self.queries * self.fold % self.tiles[0]:
       inside = row < self.queries
     if masked and self.keys % self.tiles[1]:
       inside = (column < self.keys) if inside is None else inside & (column < self.keys)
     logits = jax.tree.unflatten(jax.tree.structure(logits), tiles)
-    at = logits.coordinates(window.everywhere(window.batch), window.everywhere(window.head), row, column,
+    at = logits.coordinates(window.everywhere(window.batch), head, row, column,
                             take or self.take, gathers=True)
     return logits.scores(qk, at, masked, inside)
 
@@ -119,11 +123,20 @@ def share_registers(warpgroups: int, loads: bool) -> None:
     plgpu.set_max_registers(number[warpgroups], action=action)
 
 
-def matrix(dtype: Any, *shape: int) -> Any:
-  """Shared memory for tiles `[…, rows, columns]` that the tensor cores read."""
-  width = min(128, *(n * jnp.dtype(dtype).itemsize for n in shape[-2:]))
+def matrix(dtype: Any, *shape: int, lanes: int = 64) -> Any:
+  """Shared memory for tiles `[…, rows, columns]` that the tensor cores read; operands that are multiplied agree in `lanes`."""
+  width = min(128, min(lanes, *shape[-2:]) * jnp.dtype(dtype).itemsize)
   return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)),
                                              plgpu.SwizzleTransform(width)))
+
+
+def kept(tile: Any, n: Any) -> Callable[[int], Any]:
+  """The pieces of what a thread block keeps, `[P, …]`, as operands at visit n: as if the address depended on n.
+
+  Of an address that does not, the compiler keeps what each 16 columns of the operand have for a descriptor, two registers, over
+  the whole loop.
+  """
+  return lambda piece: tile.at[piece + (n >> 30)]
 
 
 def in_layout(x: Any, axis: int | None = None) -> Any:
@@ -188,7 +201,8 @@ def accumulate(call: Call, accs: list[Any], lefts: list[Any], rights: list[Calla
       for piece, x in enumerate(left):
         tile.at[piece][...] = x
     plgpu.commit_smem()
-    return [acc + product(call, lambda a, b: (tile.at[a], right(b)), plgpu.ACC(acc.shape, jnp.float32))
+    operands = lambda tile, right: lambda a, b: (tile.at[a], right(b))
+    return [acc + product(call, operands(tile, right), plgpu.ACC(acc.shape, jnp.float32))
             for acc, tile, right in zip(accs, written, rights)]
 
   def run(refs):
@@ -199,13 +213,13 @@ def accumulate(call: Call, accs: list[Any], lefts: list[Any], rights: list[Calla
   return pl.run_state(run)([plgpu.ACC.init(acc) for acc in accs])
 
 
-def rings(call: Call, warpgroups: int, extra: int = 0, **shapes: tuple[int, int]) -> dict[str, Any]:
+def rings(call: Call, warpgroups: int, extra: int = 0, lanes: int = 64, **shapes: tuple[int, int]) -> dict[str, Any]:
   """Shared memory and barriers of rings, by name; `extra` copies arrive with the pieces of each tile."""
   full = plgpu.Barrier(num_arrivals=call.pieces + extra, num_barriers=call.stages)
   empty = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=call.stages)
   scratch = {}
   for name, shape in shapes.items():
-    scratch |= {f"{name}_tiles": matrix(call.dtype, call.stages, call.pieces, *shape), f"{name}_full": full, f"{name}_empty": empty}
+    scratch |= {f"{name}_tiles": matrix(call.dtype, call.stages, call.pieces, *shape, lanes=lanes), f"{name}_full": full, f"{name}_empty": empty}
   return scratch
 
 
@@ -248,12 +262,12 @@ def place(zero: Any = 0) -> tuple[Any, Any, Any]:
   return tuple(lax.axis_index(name) + zero for name in ("batch", "head", "warpgroup"))  # type: ignore[return-value]
 
 
-def walk(visits: schedule.RowVisits, refs: Any, batch: Any, kv_head: Any) -> tuple[Any, Walk]:
-  """The row of tiles that this thread block has, and its visits; the longest rows come first."""
+def walk(visits: schedule.RowVisits, refs: Any, batch: Any, kv_head: Any, n: Any = None) -> tuple[Any, Walk]:
+  """The row of tiles that this thread block has, the n-th longest, and its visits; n is the block's own number if not given."""
   tiles, starts, partial, order = refs
   lists, (length, rows) = visits.tiles.shape[:2], (visits.tiles.shape[2], visits.partial.shape[2])
   number = (batch * lists[1] if lists[0] > 1 else 0) + (kv_head if lists[1] > 1 else 0)
-  row = order[number * rows + lax.axis_index("tile")]
+  row = order[number * rows + (lax.axis_index("tile") if n is None else n)]
   start = starts[number * (rows + 1) + row]
   count = starts[number * (rows + 1) + row + 1] - start
   return row, Walk(tiles, number * length + start, count, partial[number * rows + row])
