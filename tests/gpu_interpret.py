@@ -7,6 +7,11 @@ import jax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where the races are found out; there is no public name
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import jflash
+from jflash import _plan
+
+PARAMS = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+
 
 def interpret(fun: Callable, *args: Any) -> Any:
   """`fun(*args)`, jitted, with its kernels interpreted; memory is NaN until it is written.
@@ -18,8 +23,16 @@ def interpret(fun: Callable, *args: Any) -> Any:
       JAX prints where.
   """
   gpu_callbacks.reset_gpu_interpret_mode_state()  # what a kernel that failed has left
-  params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-  with plgpu.force_gpu_interpret_mode(params):
+  with plgpu.force_gpu_interpret_mode(PARAMS):
     out = jax.block_until_ready(jax.jit(fun)(*args))
   assert not gpu_callbacks.get_races().races_found, "RACE DETECTED, as printed"
   return out
+
+
+def attention(*args: Any, tiles: tuple[int, int] | None = (64, 64), **kwargs: Any) -> tuple[Any, Any]:
+  """`(out, lse)` of `jflash.attention` by the kernels, for use inside `interpret`; tiles None are those that users get."""
+  with jflash.interpret(PARAMS):
+    if tiles is None:
+      return jflash.attention(*args, **kwargs, implementation="mosaic_gpu", return_residual=True)
+    with _plan.force_tiles(*tiles):
+      return jflash.attention(*args, **kwargs, implementation="mosaic_gpu", return_residual=True)
