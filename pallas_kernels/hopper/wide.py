@@ -129,7 +129,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
               mend.load([q_ref.at[there.batch, at, head], dout_ref.at[there.batch, at, head], lse_ref.at[there.batch, head, at],
                          delta_ref.at[there.batch, head, at]],
                         [tiles[0](0), tiles[1](0), memory.lse.at[number, few], memory.delta.at[number, few]], memory.mended.at[number])
-              s, dp = mend.two_products(call, (memory.k, memory.v), tiles)
+              s, dp = mend.two_products(call, (memory.k, memory.v), tiles, row)
               window = leaves.Window(there.batch, head, row, there.column, _PART, _HEIGHT, transposed=True)
               lse, delta = (window.along_rows(plgpu.load(ref.at[number, few], layout=leaves.WGMMA.reduce(0)))
                             for ref in (memory.lse, memory.delta))
@@ -207,7 +207,7 @@ def _step(call: launch.Call, memory: Any, queries: launch.Ring, douts: launch.Ri
 
   def multiply(acc, left, right):
     for part in range(_SHARERS):
-      plgpu.wgmma(acc, left.at[part], right.at[pl.ds(part * _PART, _PART), _half(warpgroup, right.shape[1])])
+      plgpu.wgmma(acc, launch.kept(left, n)(part), right.at[pl.ds(part * _PART, _PART), _half(warpgroup, right.shape[1])])
 
   carry = _run(call, add, window.shape, None if call.dropped else -statistic(memory.delta)(), *carry)
   queries.release(at)
