@@ -147,7 +147,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
                 sources = [ref.at[x] for ref in (q_ref, dout_ref) for x in places] + [source for source, _ in statistics]
                 into = [tile(piece) for tile in tiles for piece in range(call.pieces)] + [slot for _, slot in statistics]
                 mend.load(sources, into, memory.mended.at[warpgroup])
-                s, dp = mend.two_products(call, (k_tile, v_tile), tiles)
+                s, dp = mend.two_products(call, (k_tile, v_tile), tiles, row)
                 less = dp if call.dropped else dp - statistic(memory.delta, warpgroup, mend.KEYS)()
                 p, ds, sums = gradients(batch, column, head, row, warpgroup, s, lambda: less, sums, True, True)
                 right = lambda piece: right_tiles.at[warpgroup, piece, few, pl.ds(first, mend.WIDTH)]

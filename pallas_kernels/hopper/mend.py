@@ -96,8 +96,8 @@ def visit_all(walk: launch.Walk, side: int, visit: Callable[[Any, Any], Any], ca
 def two_products(call: launch.Call, lefts: tuple[Any, Any], rights: list[Callable], n: Any) -> tuple[Any, Any]:
   """The products of scores and of dO Vᵀ at visit n, awaited; 0 for the second where it is not asked for."""
   acc = plgpu.ACC((launch.WARPGROUP_ROWS, rights[0](0).shape[0]), jnp.float32)
-  operands = lambda left, right: lambda a, b: (left.at[a], right(b).transpose((1, 0)))
-  found = [launch.product(call, operands(left, right), acc) for left, right in zip(lefts, rights) if left is not None]
+  operands = lambda left, right: lambda a, b: (left(a), right(b).transpose((1, 0)))
+  found = [launch.product(call, operands(launch.kept(left, n), right), acc) for left, right in zip(lefts, rights) if left is not None]
   return found[0], found[1] if len(found) > 1 else jnp.zeros_like(found[0])
 
 

@@ -108,7 +108,7 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
             places = [(batch, pl.ds(key, few_keys), piece * call.kv_heads + kv_head) for piece in range(call.pieces)]
             mend.load([ref.at[x] for ref in (k_ref, v_ref) for x in places],
                       [tile(piece) for tile in tiles for piece in range(call.pieces)], memory.mended.at[warpgroup])
-            s, dp = mend.two_products(call, (memory.q.at[warpgroup], memory.dout.at[warpgroup]), tiles)
+            s, dp = mend.two_products(call, (memory.q.at[warpgroup], memory.dout.at[warpgroup]), tiles, key)
             less = dp if call.dropped else dp - lax.broadcast_in_dim(delta, dp.shape, [0])
             ds, sums = gradients(batch, head, row, key, s, lambda: less, sums, True, True, (lse, delta))
             right = lambda piece: memory.k_tiles.at[warpgroup, piece, few, pl.ds(column, mend.WIDTH)]
