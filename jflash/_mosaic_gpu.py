@@ -23,7 +23,7 @@ OPERATIONS = frozenset(
     "abs add add_any and atan2 broadcast_in_dim clamp convert_element_type copy cos div eq erf exp exp2 ge gt integer_pow le log log2 "
     "logistic lt max min mul ne neg not one_minus_square or rem reshape rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign "
     "sin sqrt square squeeze stop_gradient sub tanh xor".split())
-MOST_WIDTH = {1: 128, 2: 128, 3: 64}  # by how many numbers stand for one
+MOST_WIDTH = {1: 256, 2: 128, 3: 64}  # by how many numbers stand for one
 
 
 def supports(problem: Problem) -> str | None:
@@ -174,7 +174,9 @@ def _cotangent(problem: Problem, visits: _plan.LaunchSchedule, out: Any, lse: An
                                fill(lse / unit, softmax.INF), fill(delta, 0.0))
   by_query, by_key, by_both, others = _by_axes(problem, wanted)
   dq, query_sums = hopper.dq(of_dq, residuals, logits, visits.dq, tuple(by_query))
-  if launches.split:
+  if _shared(problem):
+    (dk, dv), key_sums = hopper.wide.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key))
+  elif launches.split:
     (dk,), key_sums = hopper.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key), (True, False))
     (dv,), _ = hopper.dkv(of_dkv, residuals, logits, visits.dkv, (), (False, True))
   else:
@@ -188,6 +190,11 @@ def _cotangent(problem: Problem, visits: _plan.LaunchSchedule, out: Any, lse: An
   if others:
     grads |= _in_plain_jax(problem, others, out, lse, dout, dlse)
   return (cut(dq, problem.q), cut(dk, problem.k), cut(dv, problem.v)), [grads[n] for n, w in enumerate(wanted) if w]
+
+
+def _shared(problem: Problem) -> bool:
+  """Whether heads are so wide that a warpgroup cannot sum 64 rows of dK and dV alone."""
+  return max(problem.width, problem.value_width) > 128
 
 
 def _by_axes(problem: Problem, wanted: tuple[bool, ...]) -> tuple[list[int], list[int], list[int], list[int]]:

@@ -22,6 +22,7 @@ from ._program import is_program
 
 _interpreting: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_interpret", default=False)
 _forced_tiles: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_tiles", default=None)
+_forced_launches: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_launches", default=None)
 
 
 SMALLEST = 64  # rows or columns of a tile; below that, the way from tile to tile takes longer than the tile
@@ -91,13 +92,23 @@ def force_tiles(query_rows: int, key_columns: int):
     _forced_tiles.reset(token)
 
 
+@contextlib.contextmanager
+def force_launches(launches: _tiles_gpu.Launches):
+  """Cuts the kernels of "mosaic_gpu" up like this instead, for benchmarks that compare ways to do it."""
+  token = _forced_launches.set(launches)
+  try:
+    yield
+  finally:
+    _forced_launches.reset(token)
+
+
 def interpreting() -> Any:
   return _interpreting.get()
 
 
 def context() -> Any:
   """What a plan depends on besides the problem: a static argument for compiled functions that make plans inside."""
-  return _interpreting.get(), _forced_tiles.get(), platform()
+  return _interpreting.get(), _forced_tiles.get(), _forced_launches.get(), platform()
 
 
 def platform() -> str:
@@ -135,7 +146,7 @@ def plan_tpu(problem: Problem) -> Plan:
 
 def plan_mosaic_gpu(problem: Problem) -> Plan:
   """Each kernel's tiles by the width of the heads and by what the scores are made of."""
-  launches = _tiles_gpu.launches(problem, _forced_tiles.get())
+  launches = _forced_launches.get() or _tiles_gpu.launches(problem, _forced_tiles.get())
   return Plan(launches.forward.of_scores, (1, 1), False, interpreting(), launches=launches)
 
 

@@ -33,7 +33,7 @@ class Launches:
   forward: Launch
   dq: Launch
   dkv: Launch
-  split: bool  # whether dK and dV have a kernel each, for want of registers
+  split: bool  # whether dK and dV have a kernel each, for want of registers; not where heads are wide, which two warpgroups share
   pieces: int  # bfloat16 numbers for each float32
 
 
@@ -65,7 +65,7 @@ def _fold(problem: Problem) -> int:
 def _chosen(problem: Problem, width: int, arrays: bool, forced: tuple[int, int] | None) -> Launches:
   if forced:
     small = Launch(forced)
-    return Launches(small, small, small, width > 128, pieces(problem.q.dtype))
+    return Launches(small, small, small, False, pieces(problem.q.dtype))
   return TABLE[width, pieces(problem.q.dtype), arrays]
 
 
@@ -82,6 +82,10 @@ TABLE: dict[tuple[int, int, bool], Launches] = {
     (64, 1, True): Launches(_TURNS, Launch((128, 64)), Launch((64, 128)), False, 1),
     (128, 1, False): Launches(_TURNS, Launch((128, 128)), Launch((64, 128)), False, 1),
     (128, 1, True): Launches(Launch((128, 64), 3, True), Launch((128, 64)), Launch((64, 128)), True, 1),
+    (192, 1, False): Launches(Launch((128, 64), 2, True), Launch((128, 64)), Launch((64, 64)), False, 1),
+    (192, 1, True): Launches(Launch((128, 64), 2, True), Launch((64, 64)), Launch((64, 64)), False, 1),
+    (256, 1, False): Launches(Launch((128, 64), 2, True), Launch((64, 64)), Launch((64, 64)), False, 1),
+    (256, 1, True): Launches(Launch((64, 64)), Launch((64, 64)), Launch((64, 64)), False, 1),
     (64, 2, False): Launches(Launch((128, 64), 2, True), Launch((128, 64)), Launch((64, 128)), False, 2),
     (64, 2, True): Launches(Launch((128, 64), 2, True), Launch((128, 64)), Launch((64, 128)), True, 2),
     (128, 2, False): Launches(Launch((64, 64)), Launch((64, 64), 1), Launch((64, 64), 1), True, 2),

@@ -164,7 +164,7 @@ def _overlapped(call: launch.Call, tiles: Tiles, warpgroup: Any, walk: launch.Wa
     def products(refs):
       acc_ref, s_ref, m_ref, total_ref, shrink_ref, p_ref = refs
       for a, b in call.products:
-        plgpu.wgmma(s_ref, tiles.q.at[a], tiles.keys.tile(n, b).transpose((1, 0)))
+        plgpu.wgmma(s_ref, launch.kept(tiles.q, n)(a), tiles.keys.tile(n, b).transpose((1, 0)))
       tiles.values.wait(n - 1)
       for a, b in call.products:
         plgpu.wgmma(acc_ref, p[a], tiles.values.tile(n - 1, b))

@@ -123,11 +123,20 @@ def share_registers(warpgroups: int, loads: bool) -> None:
     plgpu.set_max_registers(number[warpgroups], action=action)
 
 
-def matrix(dtype: Any, *shape: int) -> Any:
-  """Shared memory for tiles `[…, rows, columns]` that the tensor cores read."""
-  width = min(128, *(n * jnp.dtype(dtype).itemsize for n in shape[-2:]))
+def matrix(dtype: Any, *shape: int, lanes: int = 64) -> Any:
+  """Shared memory for tiles `[…, rows, columns]` that the tensor cores read; operands that are multiplied agree in `lanes`."""
+  width = min(128, min(lanes, *shape[-2:]) * jnp.dtype(dtype).itemsize)
   return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)),
                                              plgpu.SwizzleTransform(width)))
+
+
+def kept(tile: Any, n: Any) -> Callable[[int], Any]:
+  """The pieces of what a thread block keeps, `[P, …]`, as operands at visit n: as if the address depended on n.
+
+  Of an address that does not, the compiler keeps what each 16 columns of the operand have for a descriptor, two registers, over
+  the whole loop.
+  """
+  return lambda piece: tile.at[piece + (n >> 30)]
 
 
 def in_layout(x: Any, axis: int | None = None) -> Any:
@@ -204,13 +213,13 @@ def accumulate(call: Call, accs: list[Any], lefts: list[Any], rights: list[Calla
   return pl.run_state(run)([plgpu.ACC.init(acc) for acc in accs])
 
 
-def rings(call: Call, warpgroups: int, extra: int = 0, **shapes: tuple[int, int]) -> dict[str, Any]:
+def rings(call: Call, warpgroups: int, extra: int = 0, lanes: int = 64, **shapes: tuple[int, int]) -> dict[str, Any]:
   """Shared memory and barriers of rings, by name; `extra` copies arrive with the pieces of each tile."""
   full = plgpu.Barrier(num_arrivals=call.pieces + extra, num_barriers=call.stages)
   empty = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=call.stages)
   scratch = {}
   for name, shape in shapes.items():
-    scratch |= {f"{name}_tiles": matrix(call.dtype, call.stages, call.pieces, *shape), f"{name}_full": full, f"{name}_empty": empty}
+    scratch |= {f"{name}_tiles": matrix(call.dtype, call.stages, call.pieces, *shape, lanes=lanes), f"{name}_full": full, f"{name}_empty": empty}
   return scratch
 
 
@@ -253,12 +262,12 @@ def place(zero: Any = 0) -> tuple[Any, Any, Any]:
   return tuple(lax.axis_index(name) + zero for name in ("batch", "head", "warpgroup"))  # type: ignore[return-value]
 
 
-def walk(visits: schedule.RowVisits, refs: Any, batch: Any, kv_head: Any) -> tuple[Any, Walk]:
-  """The row of tiles that this thread block has, and its visits; the longest rows come first."""
+def walk(visits: schedule.RowVisits, refs: Any, batch: Any, kv_head: Any, n: Any = None) -> tuple[Any, Walk]:
+  """The row of tiles that this thread block has, the n-th longest, and its visits; n is the block's own number if not given."""
   tiles, starts, partial, order = refs
   lists, (length, rows) = visits.tiles.shape[:2], (visits.tiles.shape[2], visits.partial.shape[2])
   number = (batch * lists[1] if lists[0] > 1 else 0) + (kv_head if lists[1] > 1 else 0)
-  row = order[number * rows + lax.axis_index("tile")]
+  row = order[number * rows + (lax.axis_index("tile") if n is None else n)]
   start = starts[number * (rows + 1) + row]
   count = starts[number * (rows + 1) + row + 1] - start
   return row, Walk(tiles, number * length + start, count, partial[number * rows + row])

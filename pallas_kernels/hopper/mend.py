@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import softmax
-from . import launch
+from . import launch, leaves
 
 WIDTH, KEYS = 64, 64  # columns of a result, and keys or queries, that are computed at a time: registers are few
 FINITE, NAN, INFINITE, MINUS_INFINITE = range(4)
@@ -57,10 +57,13 @@ def load(sources: list[Any], tiles: list[Any], loaded: Any) -> None:
 
 
 def clean(tile: Any, what: Any = FINITE) -> None:
-  """In place, what is finite in a tile `[rows, 64]`; or 1 for each element that is `what`, and 0 for the others."""
-  for row in range(0, tile.shape[0], launch.WARPGROUP_ROWS):
-    part = tile.at[pl.ds(row, launch.WARPGROUP_ROWS)]
-    x = launch.in_layout(part[...]).astype(jnp.float32)
+  """In place, what is finite in a tile `[rows, columns]`; or 1 for each element that is `what`, and 0 for the others."""
+  height, layout = launch.WARPGROUP_ROWS, leaves.WGMMA
+  if tile.shape[0] % height:
+    tile, layout = tile.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED
+  for row in range(0, tile.shape[0], height):
+    part = tile.at[pl.ds(row, height)]
+    x = plgpu.layout_cast(part[...], layout).astype(jnp.float32)
     kind = _everywhere(what, x)
     mark = lambda which: jnp.where(which, 1.0, 0.0)
     marks = jnp.where(kind == NAN, mark(x != x), jnp.where(kind == INFINITE, mark(x == softmax.INF), mark(x == -softmax.INF)))
@@ -80,21 +83,21 @@ def by_columns(width: int, compute: Callable[[Any], Any], leave: Callable[[Any, 
     leave(column, compute(column))
 
 
-def visit_all(walk: launch.Walk, side: int, visit: Callable[[Any, Any], Any], carry: Any) -> Any:
-  """`carry = visit(first key or query, carry)` for each 64 of those that the visits hold, in tiles of `side`."""
-  parts = side // KEYS
+def visit_all(walk: launch.Walk, side: int, visit: Callable[[Any, Any], Any], carry: Any, few: int = KEYS) -> Any:
+  """`carry = visit(first key or query, carry)` for each `few` of those that the visits hold, in tiles of `side`."""
+  parts = side // few
 
   def one(n, carry):
-    return visit(walk.tile(lax.div(n, jnp.int32(parts))) * side + lax.rem(n, jnp.int32(parts)) * KEYS, carry)
+    return visit(walk.tile(lax.div(n, jnp.int32(parts))) * side + lax.rem(n, jnp.int32(parts)) * few, carry)
 
   return lax.fori_loop(0, walk.count * parts, one, carry)
 
 
-def two_products(call: launch.Call, lefts: tuple[Any, Any], rights: list[Callable]) -> tuple[Any, Any]:
-  """The products of scores and of dO Vᵀ, awaited; 0 for the second where it is not asked for."""
-  acc = plgpu.ACC((launch.WARPGROUP_ROWS, KEYS), jnp.float32)
-  operands = lambda left, right: lambda a, b: (left.at[a], right(b).transpose((1, 0)))
-  found = [launch.product(call, operands(left, right), acc) for left, right in zip(lefts, rights) if left is not None]
+def two_products(call: launch.Call, lefts: tuple[Any, Any], rights: list[Callable], n: Any) -> tuple[Any, Any]:
+  """The products of scores and of dO Vᵀ at visit n, awaited; 0 for the second where it is not asked for."""
+  acc = plgpu.ACC((launch.WARPGROUP_ROWS, rights[0](0).shape[0]), jnp.float32)
+  operands = lambda left, right: lambda a, b: (left(a), right(b).transpose((1, 0)))
+  found = [launch.product(call, operands(launch.kept(left, n), right), acc) for left, right in zip(lefts, rights) if left is not None]
   return found[0], found[1] if len(found) > 1 else jnp.zeros_like(found[0])
 
 
