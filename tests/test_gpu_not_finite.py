@@ -25,7 +25,7 @@ def draw(t=T, s=S):
   """q, k, v, the cotangent of out, in bfloat16, and that of lse, as NumPy arrays; one batch element."""
   rng = np.random.default_rng(0)
   shapes = (1, t, N, H), (1, s, K, H), (1, s, K, E), (1, t, N, E)
-  return *(np.asarray(jnp.asarray(rng.normal(size=shape), jnp.bfloat16)) for shape in shapes), rng.normal(size=(1, t, N)).astype("f")
+  return *(np.array(jnp.asarray(rng.normal(size=shape), jnp.bfloat16)) for shape in shapes), rng.normal(size=(1, t, N)).astype("f")
 
 
 def gradient(attend, tiles=None, **options):
