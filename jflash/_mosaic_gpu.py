@@ -85,10 +85,11 @@ def _named(jaxpr: Any) -> set[str]:
 
 
 def _call(problem: Problem, plan: _plan.Plan, of: _tiles_gpu.Launch, unit: float) -> hopper.Call:
+  overlapped = _launches(plan).overlapped and not plan.interpret
   return hopper.Call(
       problem.queries, problem.keys, problem.heads // of.fold, problem.kv_heads, _operand_dtype(problem), of.tiles, of.stages, unit,
-      schedule.PARTIAL in plan.kinds, problem.logits.dropout is not None, _launches(plan).pieces, overlapped=not plan.interpret,
-      turns=of.turns and not plan.interpret, fold=of.fold, interpret=_interpreter(plan.interpret))
+      schedule.PARTIAL in plan.kinds, problem.logits.dropout is not None, _launches(plan).pieces, overlapped=overlapped,
+      turns=of.turns and overlapped, fold=of.fold, interpret=_interpreter(plan.interpret))
 
 
 def _launches(plan: _plan.Plan) -> _tiles_gpu.Launches:

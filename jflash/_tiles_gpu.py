@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 from typing import Any
 
@@ -9,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ._problem import Problem
+
+_in_turn: contextvars.ContextVar[bool] = contextvars.ContextVar("jflash_in_turn", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Launches:
   dkv: Launch
   split: bool  # whether dK and dV have a kernel each, for want of registers; not where heads are wide, which two warpgroups share
   pieces: int  # bfloat16 numbers for each float32
+  overlapped: bool = True  # whether products run beside other work, with operands in registers: what no interpreter does
 
 
 def precision() -> str | None:
@@ -48,11 +53,22 @@ def pieces(dtype: Any) -> int:
   return 3 if str(precision()).lower() in ("highest", "float32") else 2
 
 
+@contextlib.contextmanager
+def one_product_at_a_time(on: bool = True):
+  """What is traced inside computes as in the interpreter, compiled: to test that it does so on a device as well."""
+  token = _in_turn.set(on)
+  try:
+    yield
+  finally:
+    _in_turn.reset(token)
+
+
 def launches(problem: Problem, forced: tuple[int, int] | None) -> Launches:
   """For a problem with heads of up to 256."""
   width = lane_width(max(problem.width, problem.value_width))
   arrays = bool(jax.tree.leaves(problem.logits))
   chosen, fold = _chosen(problem, width, arrays, forced), _fold(problem)
+  chosen = dataclasses.replace(chosen, overlapped=not _in_turn.get())
   if fold == 1:
     return chosen
   forward = dataclasses.replace(chosen.forward, tiles=(64, chosen.forward.tiles[1]), turns=False, fold=fold)

@@ -59,7 +59,7 @@ _KNOWN["block_sparse_of_whole_tiles"] = Case("block_sparse_of_whole_tiles", GROU
 _KNOWN["bias_in_bfloat16"] = Case("bias_in_bfloat16", GROUPS, _bias_bfloat16)
 
 SHAPES = [
-    walk("plain", dtype="float16"), walk("plain", H=150, E=70), walk("multi_head", BATCH), walk("multi_query", K=1),
+    walk("plain", dtype="float16"), walk("plain", H=150, E=70), walk("causal_more_keys", H=200, E=256), walk("multi_head", BATCH), walk("multi_query", K=1),
     walk("width_96", H=96, E=49), walk("width_7", H=7, E=11), walk("one_query", T=1), walk("one_key", S=1),
     walk("one_of_everything", Sizes(1, 1, 1, 1, 1, 1, 1)), walk("huge_logits", SQUARE),
     # A warpgroup for each 64 rows, or in dK and dV columns.
@@ -67,11 +67,11 @@ SHAPES = [
     walk("plain", SQUARE, tiles=(128, 128), T=200, S=190), walk("causal_square", SQUARE, tiles=None, T=150, S=150),
     walk("soft_cap_with_a_gradient", SQUARE, tiles=None)]
 MASKS = [
-    walk("causal_square", SQUARE), walk("causal_more_keys"), walk("causal_more_queries", TALL), walk("window_one_number"),
+    walk("causal_square", SQUARE), walk("causal_more_queries", TALL), walk("window_one_number"),
     walk("window_pair_with_rows_that_see_nothing", TALL), walk("window_of_arrays", traced=True),
     walk("query_lengths", BATCH), walk("key_lengths", BATCH, traced=True), walk("both_lengths_and_causal", BATCH),
     walk("segments_packed", BATCH, T=130, traced=True), walk("segments_with_empty_rows", BATCH),
-    walk("positions_permuted", BATCH, traced=True), walk("positions_of_a_decoding_step", BATCH, T=3),
+    walk("positions_permuted", BATCH, traced=True), walk("positions_of_a_decoding_step", B=2, T=3),
     walk("prefix_number"), walk("prefix_per_batch", BATCH, traced=True),
     walk("mask_11TS"), walk("mask_B11S", BATCH), walk("mask_1NT1"), walk("mask_BNTS", BATCH, traced=True),
     walk("mask_with_empty_rows_and_heads", BOTH), walk("mask_that_keeps_nothing"),

@@ -1,5 +1,7 @@
 """Running Mosaic GPU kernels on the CPU: barriers, copies and threads as on the GPU, with races found."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,10 +31,13 @@ def interpret(fun: Callable, *args: Any) -> Any:
   return out
 
 
-def attention(*args: Any, tiles: tuple[int, int] | None = (64, 64), **kwargs: Any) -> tuple[Any, Any]:
-  """`(out, lse)` of `jflash.attention` by the kernels, for use inside `interpret`; tiles None are those that users get."""
-  with jflash.interpret(PARAMS):
-    if tiles is None:
-      return jflash.attention(*args, **kwargs, implementation="mosaic_gpu", return_residual=True)
-    with _plan.force_tiles(*tiles):
-      return jflash.attention(*args, **kwargs, implementation="mosaic_gpu", return_residual=True)
+def by_kernels(function: Callable, *args: Any, tiles: tuple[int, int] | None = (64, 64), **kwargs: Any) -> tuple[Any, Any]:
+  """`(out, lse)` of a function such as `jflash.attention`, for use inside `interpret`; tiles None are those that users get."""
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jflash.interpret(PARAMS))
+    if tiles is not None:
+      stack.enter_context(_plan.force_tiles(*tiles))
+    return function(*args, **kwargs, implementation="mosaic_gpu", return_residual=True)
+
+
+attention = functools.partial(by_kernels, jflash.attention)
