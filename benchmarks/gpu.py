@@ -51,8 +51,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def setup_of(args: argparse.Namespace) -> Setup:
-  effort, sizes = Effort(args.repeats, args.case_seconds), {"widths": tuple(args.widths), "lengths": tuple(args.lengths)}
-  setup = Setup(effort, args.implementation, **sizes)
+  effort = Effort(args.repeats, args.case_seconds)
+  setup = Setup(effort, args.implementation, widths=tuple(args.widths), lengths=tuple(args.lengths))
   return dataclasses.replace(setup, **REHEARSAL) if args.rehearse else setup
 
 

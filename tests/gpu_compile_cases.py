@@ -150,7 +150,6 @@ def memory():
   """Two lengths of each."""
   found = {}
   for length in (2048, 8192):
-    of = lambda *arrays: gradient(((1, length, 4, 64),) * 3, BF16, arrays, {"is_causal": True})
-    found[f"causal {length}"] = of()
-    found[f"bias {length}"] = of(("bias", (1, 4, 1, length), F32))
+    for name, arrays in (("causal", ()), ("bias", (("bias", (1, 4, 1, length), F32),))):
+      found[f"{name} {length}"] = gradient(((1, length, 4, 64),) * 3, BF16, arrays, {"is_causal": True})
   return found
