@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 from typing import Any
 
@@ -9,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ._problem import Problem
+
+_in_turn: contextvars.ContextVar[bool] = contextvars.ContextVar("jflash_in_turn", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +37,30 @@ class Launches:
   forward: Launch
   dq: Launch
   dkv: Launch
-  split: bool  # whether dK and dV have a kernel each, for want of registers
+  split: bool  # whether dK and dV have a kernel each, for want of registers; not where heads are wide, which two warpgroups share
   pieces: int  # bfloat16 numbers for each float32
+  overlapped: bool = True  # whether products run beside other work, with operands in registers: what no interpreter does
+
+
+def precision() -> str | None:
+  return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
 
 def pieces(dtype: Any) -> int:
   """How many bfloat16 numbers stand for one number: for float32 two, or three for `jax.default_matmul_precision("highest")`."""
   if dtype != jnp.float32:
     return 1
-  return 3 if str(jax.config.jax_default_matmul_precision).lower() in ("highest", "float32") else 2  # type: ignore[attr-defined]
+  return 3 if str(precision()).lower() in ("highest", "float32") else 2
+
+
+@contextlib.contextmanager
+def one_product_at_a_time(on: bool = True):
+  """What is traced inside computes as in the interpreter, compiled: to test that it does so on a device as well."""
+  token = _in_turn.set(on)
+  try:
+    yield
+  finally:
+    _in_turn.reset(token)
 
 
 def launches(problem: Problem, forced: tuple[int, int] | None) -> Launches:
@@ -49,6 +68,7 @@ def launches(problem: Problem, forced: tuple[int, int] | None) -> Launches:
   width = lane_width(max(problem.width, problem.value_width))
   arrays = bool(jax.tree.leaves(problem.logits))
   chosen, fold = _chosen(problem, width, arrays, forced), _fold(problem)
+  chosen = dataclasses.replace(chosen, overlapped=not _in_turn.get())
   if fold == 1:
     return chosen
   forward = dataclasses.replace(chosen.forward, tiles=(64, chosen.forward.tiles[1]), turns=False, fold=fold)
@@ -65,7 +85,7 @@ def _fold(problem: Problem) -> int:
 def _chosen(problem: Problem, width: int, arrays: bool, forced: tuple[int, int] | None) -> Launches:
   if forced:
     small = Launch(forced)
-    return Launches(small, small, small, width > 128, pieces(problem.q.dtype))
+    return Launches(small, small, small, False, pieces(problem.q.dtype))
   return TABLE[width, pieces(problem.q.dtype), arrays]
 
 
@@ -82,6 +102,10 @@ TABLE: dict[tuple[int, int, bool], Launches] = {
     (64, 1, True): Launches(_TURNS, Launch((128, 64)), Launch((64, 128)), False, 1),
     (128, 1, False): Launches(_TURNS, Launch((128, 128)), Launch((64, 128)), False, 1),
     (128, 1, True): Launches(Launch((128, 64), 3, True), Launch((128, 64)), Launch((64, 128)), True, 1),
+    (192, 1, False): Launches(Launch((128, 64), 2, True), Launch((128, 64)), Launch((64, 64)), False, 1),
+    (192, 1, True): Launches(Launch((128, 64), 2, True), Launch((64, 64)), Launch((64, 64)), False, 1),
+    (256, 1, False): Launches(Launch((128, 64), 2, True), Launch((64, 64)), Launch((64, 64)), False, 1),
+    (256, 1, True): Launches(Launch((64, 64)), Launch((64, 64)), Launch((64, 64)), False, 1),
     (64, 2, False): Launches(Launch((128, 64), 2, True), Launch((128, 64)), Launch((64, 128)), False, 2),
     (64, 2, True): Launches(Launch((128, 64), 2, True), Launch((128, 64)), Launch((64, 128)), True, 2),
     (128, 2, False): Launches(Launch((64, 64)), Launch((64, 64), 1), Launch((64, 64), 1), True, 2),
