@@ -13,11 +13,12 @@ import dataclasses
 import json
 import os
 import pathlib
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import gpu_chips, gpu_tables, options
+from . import gpu_chips, gpu_tables, machine, options
 from .gpu_contest import Effort
 from .gpu_pool import Budget, Job, Pool, Worker
 from .gpu_results import Result
@@ -51,8 +52,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def setup_of(args: argparse.Namespace) -> Setup:
-  effort, sizes = Effort(args.repeats, args.case_seconds), {"widths": tuple(args.widths), "lengths": tuple(args.lengths)}
-  setup = Setup(effort, args.implementation, **sizes)
+  effort = Effort(args.repeats, args.case_seconds)
+  setup = Setup(effort, args.implementation, widths=tuple(args.widths), lengths=tuple(args.lengths))
   return dataclasses.replace(setup, **REHEARSAL) if args.rehearse else setup
 
 
@@ -85,6 +86,7 @@ class Run:
   def __init__(self, args: argparse.Namespace, argv: Sequence[str], setup: Setup):
     self.args, self.setup, self.results = args, setup, []
     self.header: dict[str, str] = {}
+    self.clocks: list[tuple[float, float]] = []
     self.argv, self.out = argv, args.out
 
   def ready(self, device: Mapping[str, Any]) -> None:
@@ -93,6 +95,8 @@ class Run:
       raise SystemExit(reason)
     if not self.header:
       self.header = device["header"] | options.command("gpu", self.argv)
+      if self.args.rehearse:
+        self.header |= {"Rehearsal": "small shapes in plain JAX on both sides; it says nothing about a GPU"}
       folder = pathlib.Path(os.environ.get("OUT") or "benchmarks/results")
       self.out = self.args.out or folder / f"gpu-{'rehearsal' if self.args.rehearse else device['slug']}"
       self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +104,8 @@ class Run:
 
   def deliver(self, results: Sequence[Result]) -> None:
     self.results += results
+    if any(result.times for result in results) and (now := machine.clock()):
+      self.clocks.append(now)  # the device was busy until now
     for result in results:
       print(gpu_tables.line(result), flush=True)
     tree = {"header": self.header, "results": [result.to_json() for result in self.results]}
@@ -109,9 +115,14 @@ class Run:
 
   def finish(self) -> None:
     """The page, the plot, and the short table."""
+    if self.clocks:
+      clocks, watts = zip(*self.clocks)
+      self.header["Clock"] = (f"median {statistics.median(clocks):.0f} MHz, {min(clocks):.0f} to {max(clocks):.0f}; at most "
+                              f"{max(watts):.0f} W, asked for after each comparison")
     title = f"{self.header['Device']}, {self.header['Software']}"
     page = gpu_tables.page(self.results, self.header, self.setup.widths, title)
     options.write(self.out, page, lambda path: gpu_tables.plot(path, title, self.results))
+    print(self.header.get("Clock", ""))
     print(gpu_tables.summary(self.results, self.setup.widths, f"{title}, {self.header['Date']}"))
 
 

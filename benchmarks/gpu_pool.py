@@ -79,11 +79,12 @@ class Process(Protocol):  # hashable
 
 
 class Worker:
-  """`python -m benchmarks.gpu_worker`; `setup` is handed to it as JSON."""
+  """`python -m benchmarks.gpu_worker`; `setup` is handed to it as JSON, and that share of the device's memory."""
 
   def __init__(self, setup: Mapping[str, Any], memory_share: float):
     self.log = tempfile.TemporaryFile()  # noqa: SIM115, closed in `close`
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{memory_share:.3f}"}
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_CLIENT_MEM_FRACTION": f"{memory_share:.3f}"}
+    environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the older name of the same
     self.process = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu_worker", json.dumps(setup)], stdin=subprocess.PIPE,
                                     stdout=subprocess.PIPE, stderr=self.log, env=environment)
     self.unread = b""

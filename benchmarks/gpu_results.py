@@ -37,7 +37,7 @@ class Result(report.Row):
   failed: bool = False
 
   def key(self) -> dict[str, str]:
-    return {**self.case, "": self.name}
+    return {**self.case, "implementation": self.name}
 
   def values(self) -> dict[str, str]:
     found = {column: self._text(column, form) for column, form in COLUMNS[self.part].items()}

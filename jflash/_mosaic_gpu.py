@@ -19,10 +19,11 @@ from ._problem import Problem
 from ._program import programs
 
 # What Mosaic GPU has of what functions of scores may be made of, with derivatives, from JAX 0.11.2 on.
-OPERATIONS = frozenset(
-    "abs add add_any and atan2 broadcast_in_dim clamp convert_element_type copy cos div eq erf exp exp2 ge gt integer_pow le log log2 "
-    "logistic lt max min mul ne neg not one_minus_square or rem reshape rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign "
-    "sin sqrt square squeeze stop_gradient sub tanh xor".split())
+OPERATIONS = frozenset((
+    "abs", "add", "add_any", "and", "atan2", "broadcast_in_dim", "clamp", "convert_element_type", "copy", "cos", "div", "eq", "erf",
+    "exp", "exp2", "ge", "gt", "integer_pow", "le", "log", "log2", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not",
+    "one_minus_square", "or", "rem", "reshape", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical",
+    "sign", "sin", "sqrt", "square", "squeeze", "stop_gradient", "sub", "tanh", "xor"))
 MOST_WIDTH = {1: 256, 2: 128, 3: 64}  # by how many numbers stand for one
 
 
@@ -35,13 +36,14 @@ def supports(problem: Problem) -> str | None:
   most = MOST_WIDTH[_tiles_gpu.pieces(problem.q.dtype)]
   if (widest := max(problem.width, problem.value_width)) > most:
     return (f"heads are {widest} wide, and its kernels hold {most} of {problem.q.dtype} at most with "
-            f"jax.default_matmul_precision {jax.config.jax_default_matmul_precision}; use implementation='xla'")  # type: ignore[attr-defined]
+            f"jax.default_matmul_precision {_tiles_gpu.precision()}; use implementation='xla'")
   for program in programs(problem.logits):
     if program.reason:
       return program.reason
   if programs(problem.logits) and (beyond := sorted(_operations(problem.logits) - OPERATIONS)):
-    return (f"its kernels have nothing for {', '.join(beyond)}, of which {' and '.join(p.name for p in programs(problem.logits))} or "
-            "the derivative are made; use implementation='xla'")
+    names = " and ".join(program.name for program in programs(problem.logits))
+    return (f"its kernels have nothing for {', '.join(beyond)}, of which {names} or the derivative are made; use "
+            "implementation='xla'")
   return None
 
 
@@ -57,8 +59,8 @@ def _operations(logits: Logits) -> set[str]:
     moving = iter(moving)
     zeros = lambda x: x if len(x.shape) > 2 else jnp.zeros(x.shape, x.dtype)
     tiles = structure.unflatten([next(moving) if f else zeros(stand_in(x)) for f, x in zip(floats, leaves)])
-    at = tiles.coordinates(*(jnp.zeros(shape, jnp.int32) for _ in range(4)), lambda table, index: jnp.ones(index.shape, table.dtype),
-                           gathers=True)
+    take = lambda table, index: jnp.ones(index.shape, table.dtype)
+    at = tiles.coordinates(*(jnp.zeros(shape, jnp.int32) for _ in range(4)), take, gathers=True)
     return tiles.scores(qk, at, True)
 
   def both_ways(qk, moving):
@@ -83,17 +85,22 @@ def _named(jaxpr: Any) -> set[str]:
 
 
 def _call(problem: Problem, plan: _plan.Plan, of: _tiles_gpu.Launch, unit: float) -> hopper.Call:
-  overlapped = plan.launches.overlapped and not plan.interpret
+  overlapped = _launches(plan).overlapped and not plan.interpret
   return hopper.Call(
       problem.queries, problem.keys, problem.heads // of.fold, problem.kv_heads, _operand_dtype(problem), of.tiles, of.stages, unit,
-      schedule.PARTIAL in plan.kinds, problem.logits.dropout is not None, plan.launches.pieces, overlapped=overlapped,
+      schedule.PARTIAL in plan.kinds, problem.logits.dropout is not None, _launches(plan).pieces, overlapped=overlapped,
       turns=of.turns and overlapped, fold=of.fold, interpret=_interpreter(plan.interpret))
+
+
+def _launches(plan: _plan.Plan) -> _tiles_gpu.Launches:
+  assert plan.launches is not None
+  return plan.launches
 
 
 def _interpreter(params: Any) -> Any:
   """`jflash.interpret(True)` models memory, too: these kernels have no other interpreter."""
   from jax.experimental.pallas import mosaic_gpu as plgpu
-  return params if not isinstance(params, bool) else plgpu.InterpretGPUParams() if params else False
+  return params if not isinstance(params, bool) else plgpu.InterpretGPUParams() if params else False  # type: ignore[attr-defined]
 
 
 def _operand_dtype(problem: Problem) -> Any:
@@ -113,7 +120,7 @@ def _fold(problem: Problem, fold: int, x: Any) -> Any:
 def _lay_out(x: Any, plan: _plan.Plan, dtype: Any) -> Any:
   """`[B, S filled up, P · K, width filled up]` from `[B, S, K, width]`."""
   x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, _tiles_gpu.lane_width(x.shape[3]) - x.shape[3])))
-  return jnp.concatenate(launch.pieces(x, plan.launches.pieces, dtype), axis=2)
+  return jnp.concatenate(launch.pieces(x, _launches(plan).pieces, dtype), axis=2)
 
 
 def _unit(logits: Logits) -> tuple[float, Logits]:
@@ -128,15 +135,15 @@ def _unit(logits: Logits) -> tuple[float, Logits]:
 def forward(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule) -> tuple[Any, Any]:
   """`(out [B, T, N, E], lse [B, T, N])`."""
   def run(qkv, others):
-    logits, visits = others
-    return _forward(Problem(*qkv, logits), visits, plan), []
+    (q, k, v), (logits, visits) = qkv, others
+    return _forward(Problem(q, k, v, logits), visits, plan), []
 
   return fold_into_batch(run, problem.batch, (problem.q, problem.k, problem.v), (problem.logits, visits.forward))[0]
 
 
 def _forward(problem: Problem, visits: schedule.RowVisits, plan: _plan.Plan) -> tuple[Any, Any]:
   unit, logits = _unit(problem.logits)
-  call = _call(problem, plan, plan.launches.forward, unit)
+  call = _call(problem, plan, _launches(plan).forward, unit)
   fold = call.fold
   rows = problem.queries * fold
   q = problem.q.reshape(*problem.q.shape[:2], problem.kv_heads, -1, problem.width)  # [B, T, K, G, H]
@@ -166,13 +173,13 @@ def cotangent(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule, 
 def _cotangent(problem: Problem, visits: _plan.LaunchSchedule, out: Any, lse: Any, dout: Any, dlse: Any, plan: _plan.Plan,
                wanted: tuple[bool, ...]) -> tuple[tuple[Any, Any, Any], list[Any]]:
   unit, logits = _unit(problem.logits)
-  launches = plan.launches
+  launches = _launches(plan)
   of_dq, of_dkv = (_call(problem, plan, of, unit) for of in (launches.dq, launches.dkv))
   dout, delta = softmax.row_cotangents(out, lse, dout, dlse)
   longest = max(of_dq.tiles[0], of_dkv.tiles[0])
   fill = lambda x, value: jnp.pad(x.transpose(0, 2, 1), ((0, 0), (0, 0), (0, -problem.queries % longest)), constant_values=value)
-  residuals = hopper.Residuals(*(_lay_out(x, plan, of_dq.dtype) for x in (problem.q, problem.k, problem.v, dout)),
-                               fill(lse / unit, softmax.INF), fill(delta, 0.0))
+  q, k, v, dout = (_lay_out(x, plan, of_dq.dtype) for x in (problem.q, problem.k, problem.v, dout))
+  residuals = hopper.Residuals(q, k, v, dout, fill(lse / unit, softmax.INF), fill(delta, 0.0))
   by_query, by_key, by_both, others = _by_axes(problem, wanted)
   dq, query_sums = hopper.dq(of_dq, residuals, logits, visits.dq, tuple(by_query))
   if _shared(problem):
@@ -187,6 +194,7 @@ def _cotangent(problem: Problem, visits: _plan.LaunchSchedule, out: Any, lse: An
   leaves = jax.tree.leaves(problem.logits)
   grads = {n: _sum_to(sums[:, :, :problem.queries, None], leaves[n]) for n, sums in zip(by_query, query_sums)}
   grads |= {n: _sum_to(sums[:, :, None, :problem.keys], leaves[n]) for n, sums in zip(by_key, key_sums)}
+  of_dq = dataclasses.replace(of_dq, stages=1) if _shared(problem) else of_dq  # it has all four operands in rings
   grads |= {n: hopper.tile_gradient(of_dq, residuals, logits, n, visits.dq_kinds).astype(leaves[n].dtype) for n in by_both}
   if others:
     grads |= _in_plain_jax(problem, others, out, lse, dout, dlse)
@@ -206,9 +214,10 @@ def _by_axes(problem: Problem, wanted: tuple[bool, ...]) -> tuple[list[int], lis
   for n, (w, x) in enumerate(zip(wanted, jax.tree.leaves(problem.logits))):
     if w:
       # A cap's derivative divides by its square, for which the kernels have nothing.
-      kind = others if x.ndim > 4 or id(x) in whole or x is problem.logits.soft_cap else by_both if x.shape[2] > 1 and x.shape[3] > 1 else by_key if (
-          x.shape[3] > 1) else by_query
-      kind.append(n)
+      if x.ndim > 4 or id(x) in whole or x is problem.logits.soft_cap:
+        others.append(n)
+      else:
+        (by_both if x.shape[2] > 1 and x.shape[3] > 1 else by_key if x.shape[3] > 1 else by_query).append(n)
   return by_query, by_key, by_both, others
 
 

@@ -42,11 +42,15 @@ class Launches:
   overlapped: bool = True  # whether products run beside other work, with operands in registers: what no interpreter does
 
 
+def precision() -> str | None:
+  return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
+
 def pieces(dtype: Any) -> int:
   """How many bfloat16 numbers stand for one number: for float32 two, or three for `jax.default_matmul_precision("highest")`."""
   if dtype != jnp.float32:
     return 1
-  return 3 if str(jax.config.jax_default_matmul_precision).lower() in ("highest", "float32") else 2  # type: ignore[attr-defined]
+  return 3 if str(precision()).lower() in ("highest", "float32") else 2
 
 
 @contextlib.contextmanager

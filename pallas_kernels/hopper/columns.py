@@ -111,7 +111,8 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
         slot = lambda n: queries.slot(g * walk.count + n)
         step = functools.partial(
             _dkv_step, call, of, lambda n, *args: gradients(batch, column, head, walk.tile(n) * rows, slot(n), *args),
-            lambda n: statistic(memory.delta, slot(n)), k_tile, v_tile, queries, douts, g * walk.count, written(warpgroup, pl.ds(0, rows)))
+            lambda n: statistic(memory.delta, slot(n)), k_tile, v_tile, queries, douts, g * walk.count,
+            written(warpgroup, pl.ds(0, rows)))
         return launch.visit_all(call, walk, step, carry)
 
       accs, sums = of_groups(kv_head, visit_group, tuple(zeros(height, w) for w in widths))
@@ -154,7 +155,8 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
                 if of_keys:
                   for piece in range(call.pieces):
                     mend.clean(right(piece))
-                return tuple(launch.accumulate(call, [acc], [ds if of_keys else p], [right], [written(warpgroup, few)[0 if of_keys else 1]])), sums
+                left, tile = (ds, written(warpgroup, few)[0]) if of_keys else (p, written(warpgroup, few)[1])
+                return tuple(launch.accumulate(call, [acc], [left], [right], [tile])), sums
               return mend.visit_all(walk, rows, visit, carry)
 
             (acc,), _ = of_groups(kv_head, visit_group, (zeros(height, mend.WIDTH),))
@@ -172,10 +174,10 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
   outs = [*(jax.ShapeDtypeStruct((batch, residuals.k.shape[1], call.kv_heads, w), out_dtype) for w in widths),
           *(jax.ShapeDtypeStruct((batch, call.heads, tiles * columns), jnp.float32) for _ in wanted)]
   matrix = functools.partial(launch.matrix, dtype)
-  scratch = launch.rings(call, warpgroups, 2, q=(rows, width)) | launch.rings(call, warpgroups, dout=(rows, value_width)) | dict(
-      lse=plgpu.SMEM((stages, rows), jnp.float32), delta=plgpu.SMEM((stages, rows), jnp.float32),
-      k=matrix(warpgroups, call.pieces, height, width),
-      loaded=plgpu.Barrier(num_arrivals=(1 + of[0]) * call.pieces, num_barriers=warpgroups))
+  scratch = launch.rings(call, warpgroups, 2, q=(rows, width)) | launch.rings(call, warpgroups, dout=(rows, value_width)) | {
+      "lse": plgpu.SMEM((stages, rows), jnp.float32), "delta": plgpu.SMEM((stages, rows), jnp.float32),
+      "k": matrix(warpgroups, call.pieces, height, width),
+      "loaded": plgpu.Barrier(num_arrivals=(1 + of[0]) * call.pieces, num_barriers=warpgroups)}
   if out_dtype != dtype or {*widths} != {width}:
     scratch["out"] = launch.matrix(out_dtype, warpgroups, height, max(widths))
   if of[0]:
@@ -183,7 +185,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
   if call.masked:
     scratch |= mend.scratch(warpgroups, 2 * call.pieces + 2, out_dtype)
   if not call.overlapped:
-    scratch |= dict(p=matrix(warpgroups, call.pieces, height, rows), ds=matrix(warpgroups, call.pieces, height, rows))
+    scratch |= {"p": matrix(warpgroups, call.pieces, height, rows), "ds": matrix(warpgroups, call.pieces, height, rows)}
   grid = {"head": call.kv_heads, "tile": tiles, "batch": batch}
   ins = [*residuals, *launch.flat(visits), *call.stored(logits, (rows, columns), transposed=True)]
   results = call.launch(kernel, "jflash_dkv", grid, warpgroups, ins, outs, scratch)

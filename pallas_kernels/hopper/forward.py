@@ -127,9 +127,9 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
   outs = [jax.ShapeDtypeStruct((batch, q.shape[1], call.heads, value_width), out_dtype),
           jax.ShapeDtypeStruct((batch, call.heads, tiles * rows), jnp.float32)]
   matrix = functools.partial(launch.matrix, call.dtype)
-  scratch = launch.rings(call, warpgroups, k=(columns, width), v=(columns, value_width)) | dict(
-      q=matrix(warpgroups, call.pieces, launch.WARPGROUP_ROWS, width),
-      q_loaded=plgpu.Barrier(num_arrivals=call.pieces, num_barriers=warpgroups))
+  scratch = launch.rings(call, warpgroups, k=(columns, width), v=(columns, value_width)) | {
+      "q": matrix(warpgroups, call.pieces, launch.WARPGROUP_ROWS, width),
+      "q_loaded": plgpu.Barrier(num_arrivals=call.pieces, num_barriers=warpgroups)}
   if out_dtype != call.dtype or value_width != width:
     scratch["out"] = launch.matrix(out_dtype, warpgroups, launch.WARPGROUP_ROWS, value_width)
   if not call.overlapped:

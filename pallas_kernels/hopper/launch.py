@@ -101,8 +101,9 @@ class Call:
       kernel(*refs, **kwargs)
     named.__name__ = name
     return plgpu.kernel(
-        named, out_type=outs, grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=warpgroups + 1, thread_name="warpgroup",
-        scratch_types=scratch, compiler_params=plgpu.CompilerParams(approx_math=True), interpret=self.interpret or None)(*ins)
+        named, out_type=outs, grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=warpgroups + 1,
+        thread_name="warpgroup", scratch_types=scratch, compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=self.interpret or None)(*ins)
 
 
 class Residuals(NamedTuple):
@@ -219,7 +220,8 @@ def rings(call: Call, warpgroups: int, extra: int = 0, lanes: int = 64, **shapes
   empty = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=call.stages)
   scratch = {}
   for name, shape in shapes.items():
-    scratch |= {f"{name}_tiles": matrix(call.dtype, call.stages, call.pieces, *shape, lanes=lanes), f"{name}_full": full, f"{name}_empty": empty}
+    tiles = matrix(call.dtype, call.stages, call.pieces, *shape, lanes=lanes)
+    scratch |= {f"{name}_tiles": tiles, f"{name}_full": full, f"{name}_empty": empty}
   return scratch
 
 

@@ -97,7 +97,8 @@ def two_products(call: launch.Call, lefts: tuple[Any, Any], rights: list[Callabl
   """The products of scores and of dO Vᵀ at visit n, awaited; 0 for the second where it is not asked for."""
   acc = plgpu.ACC((launch.WARPGROUP_ROWS, rights[0](0).shape[0]), jnp.float32)
   operands = lambda left, right: lambda a, b: (left(a), right(b).transpose((1, 0)))
-  found = [launch.product(call, operands(launch.kept(left, n), right), acc) for left, right in zip(lefts, rights) if left is not None]
+  found = [launch.product(call, operands(launch.kept(left, n), right), acc)
+           for left, right in zip(lefts, rights) if left is not None]
   return found[0], found[1] if len(found) > 1 else jnp.zeros_like(found[0])
 
 
@@ -120,7 +121,7 @@ def store(x: Any, tile: Any, place: Any) -> None:
 
 def attend_again(call: launch.Call, walk: launch.Walk, weights: Callable, scores: Callable, v_tile: Callable, p_tile: Any,
                  start: softmax.State) -> Callable[[Any], Any]:
-  """For `by_columns`: 64 columns of the output; `scores(key)`, of 64 keys, also loads the values, whose columns are `v_tile(column, piece)`.
+  """For `by_columns`: 64 columns of the output; `scores(key)`, of 64 keys, also loads values, `v_tile(column, piece)`.
 
   First the elements of values that are NaN, infinite and minus infinite are each weighed with 1 for each key that a row sees, which
   says where they show; then what is finite is weighed as usual.

@@ -131,9 +131,9 @@ def dq(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sche
           *(jax.ShapeDtypeStruct((batch, call.heads, tiles * rows), jnp.float32) for _ in wanted)]
   lanes = min(64, columns)
   matrix = functools.partial(launch.matrix, dtype, lanes=lanes)
-  scratch = launch.rings(call, warpgroups, lanes=lanes, k=(columns, width), v=(columns, value_width)) | dict(
-      q=matrix(warpgroups, call.pieces, height, width), dout=matrix(warpgroups, call.pieces, height, value_width),
-      loaded=plgpu.Barrier(num_arrivals=2 * call.pieces, num_barriers=warpgroups))
+  scratch = launch.rings(call, warpgroups, lanes=lanes, k=(columns, width), v=(columns, value_width)) | {
+      "q": matrix(warpgroups, call.pieces, height, width), "dout": matrix(warpgroups, call.pieces, height, value_width),
+      "loaded": plgpu.Barrier(num_arrivals=2 * call.pieces, num_barriers=warpgroups)}
   if out_dtype != dtype:
     scratch["out"] = launch.matrix(out_dtype, warpgroups, height, width)
   if not call.overlapped:

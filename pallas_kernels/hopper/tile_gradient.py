@@ -41,7 +41,7 @@ def tile_gradient(call: launch.Call, residuals: launch.Residuals, logits: Any, w
     queries, keys, values, douts = (ring(name) for name in ("q", "k", "v", "dout"))
 
     def visits(use, end, start):
-      """`end(j, kept)` for each key tile j, with `kept = use(n, batch, head, j, kept)` from `start` on; n counts what is not empty."""
+      """`end(j, kept)` for each key tile j, `kept = use(n, batch, head, j, kept)` from `start` on; n counts what is not empty."""
       def visit(m, carry):
         n, j, kept = carry
         b = own_batch if own[0] > 1 else lax.div(m, jnp.int32(heads))
