@@ -47,9 +47,12 @@ def as_numpy(results):
 
 
 def assert_same(dirty, clean):
+  """As far as bfloat16 goes: what is computed again rounds P against the maxima of other groups of keys."""
   for name, x in clean.items():
-    assert np.isfinite(x[x != -np.inf]).all(), name
-    np.testing.assert_array_equal(dirty[name], x, name)
+    seen = x != -np.inf
+    assert np.isfinite(x[seen]).all(), name
+    np.testing.assert_array_equal(dirty[name] != -np.inf, seen, name)
+    np.testing.assert_allclose(dirty[name][seen], x[seen], rtol=0, atol=2.0**-6 * abs(x[seen]).max(), err_msg=name)
 
 
 CAUSAL = {"is_causal": True}
