@@ -49,6 +49,7 @@ def test_what_must_be_fast(plain, case):
     assert kernel.registers * kernel.threads <= REGISTERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", gpu_compile_cases.features())
 def test_features(features, case):
   report = features[case]
@@ -57,16 +58,19 @@ def test_features(features, case):
   assert ("jflash_dleaf" in names(report)) == case.startswith(("bias, ", "bias in")) or case == "bias"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", gpu_compile_cases.others())
 def test_others(others, case):
   assert without_spills(others[case]) == []
 
 
+@pytest.mark.slow
 def test_one_product_at_a_time_is_another_kernel(others, plain):
   """What the interpreter runs has each product awaited before the next begins, and no operand in registers."""
   assert others["in turn 64 bfloat16"].kernel("jflash_forward").opcodes != plain["causal 64"].kernel("jflash_forward").opcodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["causal", "bias"])
 def test_memory_is_linear(memory, case):
   short, long = (memory[f"{case} {length}"] for length in (2048, 8192))

@@ -15,7 +15,7 @@ from jflash import masks  # noqa: E402
 from pallas_kernels.hopper import mend  # noqa: E402
 from tests.gpu_interpret import attention, interpret  # noqa: E402
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
 
 T, S, N, K, H, E = 70, 130, 2, 1, 8, 12
 BAD = [np.nan, np.inf, -np.inf]

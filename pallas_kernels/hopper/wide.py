@@ -162,7 +162,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
       else:  # what one warpgroup leaves lies where the other would read: either both compute again, or none
         memory.broken[here.warpgroup] = mend.wanted(memory.flags.at[here.warpgroup], *accs, *sums).astype(jnp.int32)
         _meet(memory.met)
-        lax.cond(memory.broken[0] + memory.broken[1] > 0, again, leave)
+        lax.cond(memory.broken[here.warpgroup] + memory.broken[1 - here.warpgroup] > 0, again, leave)
 
   outs = [*(jax.ShapeDtypeStruct((batch, residuals.k.shape[1], call.kv_heads, w), call.dtype) for w in (width, value_width)),
           *(jax.ShapeDtypeStruct((_SHARERS, batch, call.heads, tiles * columns), jnp.float32) for _ in wanted)]
