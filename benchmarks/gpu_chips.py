@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 OLDEST_JAX = (0, 11, 2)  # the first with all of Mosaic GPU that the kernels need
+OLDEST = ".".join(map(str, OLDEST_JAX))
 PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
 INSTALL = "pip install 'jflash[gpu-compile]' (Python 3.12 or newer, Linux on x86-64)"
 
@@ -95,7 +96,7 @@ def ptxas_version() -> str:
 def too_old() -> str | None:
   """Why GPU kernels cannot be built with this JAX at all, or None."""
   if jax.__version_info__ < OLDEST_JAX:
-    return f"GPU kernels need JAX {'.'.join(map(str, OLDEST_JAX))} or newer (Python 3.12); this is {jax.__version__}"
+    return f"GPU kernels need JAX {OLDEST} or newer (Python 3.12); this is {jax.__version__}"
   return None
 
 

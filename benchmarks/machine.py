@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import re
+import subprocess
 
 import jax
 import jaxlib.version
@@ -46,6 +47,17 @@ def software() -> dict[str, str]:
 def load() -> dict[str, str]:
   """What else kept the machine busy, to be asked before measuring."""
   return {"Load before": f"{os.getloadavg()[0]:.1f}"} if hasattr(os, "getloadavg") else {}
+
+
+def clock() -> tuple[float, float] | None:
+  """An NVIDIA GPU's clock in MHz and its power in W just now, None where nvidia-smi does not say."""
+  command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+  try:
+    said = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
+    megahertz, watts = map(float, said.splitlines()[0].split(","))
+  except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+    return None
+  return megahertz, watts
 
 
 def versions(*packages: str) -> str:

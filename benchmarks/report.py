@@ -124,13 +124,17 @@ def _is_number(value: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """One diagram: points (x, y) joined to a line, and how it looks, for each line. Points without a y are left out."""
+  """One diagram: points (x, y) joined to a line, and how it looks, for each line. Points without a y are left out.
+
+  Both axes are logarithmic or neither; with `from_zero` a logarithmic panel has a linear y axis.
+  """
 
   title: str
   xlabel: str
   ylabel: str
   lines: Sequence[tuple[Sequence[tuple[float, float | None]], Mapping[str, Any]]]
   logarithmic: bool = True
+  from_zero: bool = False
 
 
 def plot(path: pathlib.Path, title: str, panels: Sequence[Sequence[Panel]], legend: Mapping[str, Mapping[str, Any]],
@@ -151,7 +155,7 @@ def plot(path: pathlib.Path, title: str, panels: Sequence[Sequence[Panel]], lege
         points = sorted((x, y) for x, y in points if y is not None)
         if points:
           axis.plot(*zip(*points), **{"markersize": 5, "linewidth": 1.5, **style})
-      _frame(axis, ticks_of(itertools.chain(*panels) if share else [panel]), panel.logarithmic)
+      _frame(axis, ticks_of(itertools.chain(*panels) if share else [panel]), panel.logarithmic, panel.from_zero)
       axis.set_title(panel.title, fontsize=11)
       axis.set_xlabel(panel.xlabel)
       if not share or panel is row[0]:
@@ -163,15 +167,17 @@ def plot(path: pathlib.Path, title: str, panels: Sequence[Sequence[Panel]], lege
   plt.close(figure)
 
 
-def _frame(axis: Any, ticks: Sequence[float], logarithmic: bool) -> None:
+def _frame(axis: Any, ticks: Sequence[float], logarithmic: bool, from_zero: bool) -> None:
   if logarithmic:
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
     axis.set_xticks(ticks, [str(t) if t < 1024 or t % 1024 else f"{t // 1024}K" for t in ticks])
+  else:
+    axis.set_xlim(0)
+  if logarithmic and not from_zero:
+    axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
   else:
-    axis.set_xlim(0)
     axis.set_ylim(0)
   axis.grid(True, color="0.9")
   axis.spines[["top", "right"]].set_visible(False)

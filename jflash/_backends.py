@@ -27,6 +27,7 @@ class Backend(NamedTuple):
   plan: Callable[[Problem], _plan.Plan]
   not_interpreted: Callable[[], str | None] | None = None  # None, or why its kernels cannot be interpreted, if it has any
   tiled: bool = True  # whether it computes in the tiles of the plan
+  by_name_alone: str | None = None  # None, or why it is not chosen unless it is named
 
   def load(self) -> Module:
     return cast(Module, importlib.import_module(self.module, __package__))
@@ -83,8 +84,9 @@ def _no_cudnn() -> str | None:
 
 _BACKENDS = (
     Backend("tpu", "._tpu", _no_tpu, _plan.plan_tpu, lambda: None),
-    Backend("mosaic_gpu", "._mosaic_gpu", _no_hopper, lambda problem: _plan.plan_mosaic_gpu(problem),  # type: ignore[attr-defined]
-            _gpu.without_mosaic),
+    Backend("mosaic_gpu", "._mosaic_gpu", _no_hopper, lambda problem: _plan.plan_mosaic_gpu(problem),
+            _gpu.without_mosaic,
+            by_name_alone="its kernels have been interpreted and compiled, but not run on a GPU yet; name it to run them"),
     Backend("cudnn", "._cudnn", _no_cudnn, _plan.plan_cudnn, tiled=False),
     Backend("xla", "._xla", lambda: None, _plan.plan_xla))
 NAMES = tuple(backend.name for backend in _BACKENDS)  # in the order in which they are asked
@@ -119,6 +121,8 @@ def select(problem: Problem, implementation: str | None) -> tuple[Backend, dict[
       passed[backend.name] = "it would run in the Pallas interpreter, which is for tests; name it to do so"
     elif reason := backend.reason_against(problem):
       passed[backend.name] = reason
+    elif backend.by_name_alone:
+      passed[backend.name] = backend.by_name_alone
     else:
       chosen = backend
   assert chosen is not None, "the plain JAX backend supports everything"

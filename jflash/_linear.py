@@ -40,11 +40,12 @@ def _linear_impl(*args, apply, transpose, constants):
   return apply(list(args[:constants]), list(args[constants:]))
 
 
-@_linear_p.def_abstract_eval
+@_linear_p.def_effectful_abstract_eval
 def _linear_abstract_eval(*avals, apply, transpose, constants):
+  """Kernels that are interpreted have effects, as the interpreter calls back."""
   del transpose
-  outs = jax.eval_shape(apply, list(avals[:constants]), list(avals[constants:]))
-  return [core.ShapedArray(x.shape, x.dtype) for x in outs]
+  traced, outs = jax.make_jaxpr(apply, return_shape=True)(list(avals[:constants]), list(avals[constants:]))
+  return [core.ShapedArray(x.shape, x.dtype) for x in outs], traced.effects
 
 
 def _linear_jvp(primals, tangents, **params):

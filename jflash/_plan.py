@@ -22,6 +22,7 @@ from ._program import is_program
 
 _interpreting: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_interpret", default=False)
 _forced_tiles: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_tiles", default=None)
+_forced_launches: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_launches", default=None)
 
 
 SMALLEST = 64  # rows or columns of a tile; below that, the way from tile to tile takes longer than the tile
@@ -91,13 +92,23 @@ def force_tiles(query_rows: int, key_columns: int):
     _forced_tiles.reset(token)
 
 
+@contextlib.contextmanager
+def force_launches(launches: _tiles_gpu.Launches):
+  """Cuts the kernels of "mosaic_gpu" up like this instead, for benchmarks that compare ways to do it."""
+  token = _forced_launches.set(launches)
+  try:
+    yield
+  finally:
+    _forced_launches.reset(token)
+
+
 def interpreting() -> Any:
   return _interpreting.get()
 
 
 def context() -> Any:
   """What a plan depends on besides the problem: a static argument for compiled functions that make plans inside."""
-  return _interpreting.get(), _forced_tiles.get(), platform()
+  return _interpreting.get(), _forced_tiles.get(), _forced_launches.get(), platform()
 
 
 def platform() -> str:
@@ -135,8 +146,8 @@ def plan_tpu(problem: Problem) -> Plan:
 
 def plan_mosaic_gpu(problem: Problem) -> Plan:
   """Each kernel's tiles by the width of the heads and by what the scores are made of."""
-  launches = _tiles_gpu.launches(problem, _forced_tiles.get())
-  return Plan(launches.forward.tiles, (1, 1), False, interpreting(), launches=launches)
+  launches = _forced_launches.get() or _tiles_gpu.launches(problem, _forced_tiles.get())
+  return Plan(launches.forward.of_scores, (1, 1), False, interpreting(), launches=launches)
 
 
 def plan_cudnn(problem: Problem) -> Plan:
@@ -173,7 +184,7 @@ def _schedule_on_device(problem: Problem, plan: Plan) -> Schedule | LaunchSchedu
 
 def _schedule(problem: Problem, plan: Plan) -> Schedule | LaunchSchedule:
   if plan.launches is not None:
-    forward, dq, dkv = (_kinds(problem, launch.tiles) for launch in (plan.launches.forward, plan.launches.dq, plan.launches.dkv))
+    forward, dq, dkv = (_kinds(problem, x.of_scores) for x in (plan.launches.forward, plan.launches.dq, plan.launches.dkv))
     visits = schedule.row_visits
     return LaunchSchedule(visits(forward), visits(dq), visits(dkv.swapaxes(-1, -2)), forward, dq)
   kinds = _kinds(problem, plan.tiles)

@@ -157,7 +157,6 @@ class Program:
   shapes: tuple[Any, ...]  # (shape, dtype) of each given operand
   closed_over: tuple[Any, ...]  # the same of what the function closes over
   whole: tuple[Any, ...]  # (operand, array) for operands that are used as they are
-  operations: tuple[str, ...]  # the primitives that are left for tiles
   reason: str | None  # why no kernel can compute it
 
   @property
@@ -261,7 +260,7 @@ def bind(fn: Callable, operands: Any, sizes: Sizes, score_dtype: Any = None) -> 
       arrays.append(_rows(indexed, outer, known))
     else:
       ways.append(None)
-  done: set[Any] = {node for node, way in zip(trace.lookups, ways) if way is not None}
+  done = {node for node, way in zip(trace.lookups, ways) if way is not None}
   index_nodes = [x for node, way in zip(trace.lookups, ways) if way and way[1] for x in _indexed(node).indices]  # type: ignore[union-attr]
   used = _reached([trace.result, *index_nodes], done)
   whole = []
@@ -271,8 +270,7 @@ def bind(fn: Callable, operands: Any, sizes: Sizes, score_dtype: Any = None) -> 
       x = known[node]
       arrays.append(x.reshape((1, 1, 1, 1) if x.size == 1 else (1, 1, 1, 1) + (1,) * max(2 - x.ndim, 0) + x.shape))
   closed_over = tuple((x.shape, x.dtype) for x in trace.closed_over)
-  operations = tuple(sorted({node.primitive for node in used - done if node.primitive is not None}))
-  return Program(fn, arrays, tuple(ways), shapes, closed_over, tuple(whole), operations, _reason(fn, trace, ways, whole, arrays))
+  return Program(fn, arrays, tuple(ways), shapes, closed_over, tuple(whole), _reason(fn, trace, ways, whole, arrays))
 
 
 def _looked_up_in_tiles(indexed: Indexed, node: Node, runs_along: Callable) -> bool:

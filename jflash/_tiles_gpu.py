@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 from typing import Any
 
@@ -9,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ._problem import Problem
+
+_in_turn: contextvars.ContextVar[bool] = contextvars.ContextVar("jflash_in_turn", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +22,12 @@ class Launch:
   tiles: tuple[int, int]  # query rows, key columns
   stages: int = 2  # tiles loaded ahead
   turns: bool = False  # whether two warpgroups take turns at the tensor cores
+  fold: int = 1  # query heads of a kv head that are rows of one tile, where there are few queries
+
+  @property
+  def of_scores(self) -> tuple[int, int]:
+    """Queries and keys of a tile."""
+    return self.tiles[0] // self.fold, self.tiles[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,24 +37,55 @@ class Launches:
   forward: Launch
   dq: Launch
   dkv: Launch
-  split: bool  # whether dK and dV have a kernel each, for want of registers
+  split: bool  # whether dK and dV have a kernel each, for want of registers; not where heads are wide, which two warpgroups share
   pieces: int  # bfloat16 numbers for each float32
+  overlapped: bool = True  # whether products run beside other work, with operands in registers: what no interpreter does
+
+
+def precision() -> str | None:
+  return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
 
 def pieces(dtype: Any) -> int:
   """How many bfloat16 numbers stand for one number: for float32 two, or three for `jax.default_matmul_precision("highest")`."""
   if dtype != jnp.float32:
     return 1
-  return 3 if str(jax.config.jax_default_matmul_precision).lower() in ("highest", "float32") else 2  # type: ignore[attr-defined]
+  return 3 if str(precision()).lower() in ("highest", "float32") else 2
+
+
+@contextlib.contextmanager
+def one_product_at_a_time(on: bool = True):
+  """What is traced inside computes as in the interpreter, compiled: to test that it does so on a device as well."""
+  token = _in_turn.set(on)
+  try:
+    yield
+  finally:
+    _in_turn.reset(token)
 
 
 def launches(problem: Problem, forced: tuple[int, int] | None) -> Launches:
   """For a problem with heads of up to 256."""
   width = lane_width(max(problem.width, problem.value_width))
-  arrays = any(isinstance(x, jax.Array) for x in jax.tree.leaves(problem.logits))
+  arrays = bool(jax.tree.leaves(problem.logits))
+  chosen, fold = _chosen(problem, width, arrays, forced), _fold(problem)
+  chosen = dataclasses.replace(chosen, overlapped=not _in_turn.get())
+  if fold == 1:
+    return chosen
+  forward = dataclasses.replace(chosen.forward, tiles=(64, chosen.forward.tiles[1]), turns=False, fold=fold)
+  return dataclasses.replace(chosen, forward=forward)
+
+
+def _fold(problem: Problem) -> int:
+  """All query heads of a kv head where they fill less than a tile together, as when decoding; K and V are loaded once for them."""
+  tables = any(x.ndim > 4 and x.shape[1] > 1 for x in jax.tree.leaves(problem.logits))
+  few = problem.queries * problem.groups <= 64 and 64 % problem.groups == 0
+  return problem.groups if few and not tables else 1
+
+
+def _chosen(problem: Problem, width: int, arrays: bool, forced: tuple[int, int] | None) -> Launches:
   if forced:
     small = Launch(forced)
-    return Launches(small, small, small, width > 128, pieces(problem.q.dtype))
+    return Launches(small, small, small, False, pieces(problem.q.dtype))
   return TABLE[width, pieces(problem.q.dtype), arrays]
 
 
@@ -53,6 +94,22 @@ def lane_width(n: int) -> int:
   return 64 * -(-n // 64)
 
 
-TABLE = {
-    (width, count, arrays): Launches(Launch((128, 64)), Launch((64, 64), 1), Launch((64, 64), 1), True, count)
-    for width in (64, 128, 192, 256) for count in (1, 2, 3) for arrays in (False, True)}
+# By width, pieces and whether the scores are made of arrays, which take registers. Not tuned on a device yet: these are the largest
+# that the compiler fits into registers and shared memory (JAX 0.12.0.1, ptxas 13.5, 2026-11-23).
+_TURNS = Launch((128, 128), 2, True)
+TABLE: dict[tuple[int, int, bool], Launches] = {
+    (64, 1, False): Launches(_TURNS, Launch((128, 128)), Launch((128, 128)), False, 1),
+    (64, 1, True): Launches(_TURNS, Launch((128, 64)), Launch((64, 128)), False, 1),
+    (128, 1, False): Launches(_TURNS, Launch((128, 128)), Launch((64, 128)), False, 1),
+    (128, 1, True): Launches(Launch((128, 64), 3, True), Launch((128, 64)), Launch((64, 128)), True, 1),
+    (192, 1, False): Launches(Launch((128, 64), 2, True), Launch((128, 64)), Launch((64, 64)), False, 1),
+    (192, 1, True): Launches(Launch((128, 64), 2, True), Launch((64, 64)), Launch((64, 64)), False, 1),
+    (256, 1, False): Launches(Launch((128, 64), 2, True), Launch((64, 64)), Launch((64, 64)), False, 1),
+    (256, 1, True): Launches(Launch((64, 64)), Launch((64, 64)), Launch((64, 64)), False, 1),
+    (64, 2, False): Launches(Launch((128, 64), 2, True), Launch((128, 64)), Launch((64, 128)), False, 2),
+    (64, 2, True): Launches(Launch((128, 64), 2, True), Launch((128, 64)), Launch((64, 128)), True, 2),
+    (128, 2, False): Launches(Launch((64, 64)), Launch((64, 64), 1), Launch((64, 64), 1), True, 2),
+    (128, 2, True): Launches(Launch((64, 64)), Launch((64, 64), 1), Launch((64, 64), 1), True, 2),
+    (64, 3, False): Launches(Launch((128, 64), 2, True), Launch((64, 64)), Launch((64, 64)), True, 3),
+    (64, 3, True): Launches(Launch((128, 64), 2, True), Launch((64, 64)), Launch((64, 64)), True, 3),
+}

@@ -13,7 +13,7 @@ import jflash
 from jflash import _plan
 
 TILES = {"xla": (48, 80), "tpu": (128, 128), "mosaic_gpu": (64, 64)}  # query rows, key columns; kernels want multiples of 128
-BACKENDS = list(TILES)
+BACKENDS = ["xla", "tpu"]  # "mosaic_gpu" has tests of its own, test_gpu_*.py: its interpreter is slow, and needs a newer JAX
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ def require_jax() -> None:
     pytest.skip(reason, allow_module_level=True)
 
 
-def reports(factory: pytest.TempPathFactory, cases: str, chip: str = "h100", *, timeout: float = 120.0) -> dict[str, Report]:
+def reports(factory: pytest.TempPathFactory, cases: str, chip: str = "h100", *, only: str = "*",
+            timeout: float = 120.0) -> dict[str, Report]:
   """`gpu_compile.compile_cases`, once in a run of the tests, however many workers ask. For a fixture:
 
       @pytest.fixture(scope="module")
@@ -34,10 +35,10 @@ def reports(factory: pytest.TempPathFactory, cases: str, chip: str = "h100", *, 
   common = factory.getbasetemp()
   if "PYTEST_XDIST_WORKER" in os.environ:
     common = common.parent  # of all workers in this run
-  path = common / (re.sub(r"\W", "-", f"{cases}-{chip}") + ".json")
+  path = common / (re.sub(r"\W", "-", f"{cases}-{chip}-{only}") + ".json")
   with open(path.with_suffix(".lock"), "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     if not path.exists():
-      found = gpu_compile.compile_cases(cases, chip, timeout=timeout)
+      found = gpu_compile.compile_cases(cases, chip, only=only, timeout=timeout)
       path.write_text(json.dumps([dataclasses.asdict(report) for report in found.values()]))
   return {tree["case"]: Report.from_json(tree) for tree in json.loads(path.read_text())}

@@ -3,9 +3,10 @@
 Needs JAX >= 0.11.2: older ones lack too much of Mosaic GPU.
 """
 
-from .backward import dkv as dkv
-from .backward import dq as dq
+from . import wide as wide
+from .columns import dkv as dkv
 from .forward import forward as forward
 from .launch import Call as Call
 from .launch import Residuals as Residuals
+from .rows import dq as dq
 from .tile_gradient import tile_gradient as tile_gradient

@@ -40,7 +40,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
   """
   batch, _, _, width = q.shape
   value_width, (rows, columns), stages = v.shape[3], call.tiles, call.stages
-  warpgroups, tiles = rows // launch.WARPGROUP_ROWS, -(-call.queries // rows)
+  warpgroups, tiles = rows // launch.WARPGROUP_ROWS, -(-call.queries * call.fold // rows)
   out_dtype = jnp.float32 if call.pieces > 1 else call.dtype
   count = len(jax.tree.leaves(logits))
 
@@ -115,7 +115,8 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
                                 plgpu.ACC((launch.WARPGROUP_ROWS, mend.KEYS), jnp.float32))
 
         narrow = launch.in_layout(jnp.zeros((launch.WARPGROUP_ROWS, mend.WIDTH), jnp.float32))
-        compute = mend.attend_again(call, walk, functools.partial(weights, batch, head, row), scores, v_columns, memory.p.at[warpgroup, :, :, first] if "p" in scratch else None,
+        p_tile = memory.p.at[warpgroup, :, :, first] if "p" in scratch else None
+        compute = mend.attend_again(call, walk, functools.partial(weights, batch, head, row), scores, v_columns, p_tile,
                                     start._replace(acc=narrow))
         mend.by_columns(value_width, compute, lambda column, x: mend.store(
             x, memory.mended_tile.at[warpgroup], out_ref.at[batch, mine, head, pl.ds(column, mend.WIDTH)]))
@@ -126,9 +127,9 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
   outs = [jax.ShapeDtypeStruct((batch, q.shape[1], call.heads, value_width), out_dtype),
           jax.ShapeDtypeStruct((batch, call.heads, tiles * rows), jnp.float32)]
   matrix = functools.partial(launch.matrix, call.dtype)
-  scratch = launch.rings(call, warpgroups, k=(columns, width), v=(columns, value_width)) | dict(
-      q=matrix(warpgroups, call.pieces, launch.WARPGROUP_ROWS, width),
-      q_loaded=plgpu.Barrier(num_arrivals=call.pieces, num_barriers=warpgroups))
+  scratch = launch.rings(call, warpgroups, k=(columns, width), v=(columns, value_width)) | {
+      "q": matrix(warpgroups, call.pieces, launch.WARPGROUP_ROWS, width),
+      "q_loaded": plgpu.Barrier(num_arrivals=call.pieces, num_barriers=warpgroups)}
   if out_dtype != call.dtype or value_width != width:
     scratch["out"] = launch.matrix(out_dtype, warpgroups, launch.WARPGROUP_ROWS, value_width)
   if not call.overlapped:

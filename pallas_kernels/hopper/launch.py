@@ -42,6 +42,7 @@ class Call:
   pieces: int  # P
   overlapped: bool  # whether products run beside the softmax of another tile, with P in registers: what no interpreter does
   turns: bool  # whether two warpgroups take turns at the tensor cores
+  fold: int  # query heads that follow each other as rows: row r is query r // fold of head `fold` · head + r mod fold
   interpret: Any
 
   @property
@@ -70,13 +71,16 @@ class Call:
   def scores(self, logits: Any, tiles: Any, window: leaves.Window, qk: Any, masked: bool, take: Any = None) -> Any:
     """The scores of a window; what lies past the last query or key is masked."""
     row, column = window.numbers(bool(self.interpret))
+    head = window.everywhere(window.head)
+    if self.fold > 1:
+      head, row = head * self.fold + lax.rem(row, jnp.int32(self.fold)), lax.div(row, jnp.int32(self.fold))
     inside = None
-    if masked and self.queries % self.tiles[0]:
+    if masked and self.queries * self.fold % self.tiles[0]:
       inside = row < self.queries
     if masked and self.keys % self.tiles[1]:
       inside = (column < self.keys) if inside is None else inside & (column < self.keys)
     logits = jax.tree.unflatten(jax.tree.structure(logits), tiles)
-    at = logits.coordinates(window.everywhere(window.batch), window.everywhere(window.head), row, column,
+    at = logits.coordinates(window.everywhere(window.batch), head, row, column,
                             take or self.take, gathers=True)
     return logits.scores(qk, at, masked, inside)
 
@@ -97,8 +101,9 @@ class Call:
       kernel(*refs, **kwargs)
     named.__name__ = name
     return plgpu.kernel(
-        named, out_type=outs, grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=warpgroups + 1, thread_name="warpgroup",
-        scratch_types=scratch, compiler_params=plgpu.CompilerParams(approx_math=True), interpret=self.interpret or None)(*ins)
+        named, out_type=outs, grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=warpgroups + 1,
+        thread_name="warpgroup", scratch_types=scratch, compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=self.interpret or None)(*ins)
 
 
 class Residuals(NamedTuple):
@@ -121,7 +126,7 @@ def share_registers(warpgroups: int, loads: bool) -> None:
 
 def matrix(dtype: Any, *shape: int, lanes: int = 64) -> Any:
   """Shared memory for tiles `[…, rows, columns]` that the tensor cores read; operands that are multiplied agree in `lanes`."""
-  width = min(lanes, *shape[-2:]) * jnp.dtype(dtype).itemsize
+  width = min(128, min(lanes, *shape[-2:]) * jnp.dtype(dtype).itemsize)
   return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize)),
                                              plgpu.SwizzleTransform(width)))
 
@@ -197,7 +202,8 @@ def accumulate(call: Call, accs: list[Any], lefts: list[Any], rights: list[Calla
       for piece, x in enumerate(left):
         tile.at[piece][...] = x
     plgpu.commit_smem()
-    return [acc + product(call, lambda a, b: (tile.at[a], right(b)), plgpu.ACC(acc.shape, jnp.float32))
+    operands = lambda tile, right: lambda a, b: (tile.at[a], right(b))
+    return [acc + product(call, operands(tile, right), plgpu.ACC(acc.shape, jnp.float32))
             for acc, tile, right in zip(accs, written, rights)]
 
   def run(refs):
@@ -214,7 +220,8 @@ def rings(call: Call, warpgroups: int, extra: int = 0, lanes: int = 64, **shapes
   empty = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=call.stages)
   scratch = {}
   for name, shape in shapes.items():
-    scratch |= {f"{name}_tiles": matrix(call.dtype, call.stages, call.pieces, *shape, lanes=lanes), f"{name}_full": full, f"{name}_empty": empty}
+    tiles = matrix(call.dtype, call.stages, call.pieces, *shape, lanes=lanes)
+    scratch |= {f"{name}_tiles": tiles, f"{name}_full": full, f"{name}_empty": empty}
   return scratch
 
 

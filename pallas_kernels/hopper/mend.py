@@ -1,9 +1,9 @@
 """What is computed again, slowly, where something not finite came out.
 
-0 · NaN is NaN: a key or value that the mask hides, and that is not finite, would reach what a partial tile adds to. Looking for that
-in every tile would cost time. Instead each warpgroup looks at what it is about to leave. What is finite is right. For anything else it
-goes through its visits once more, on its own, and makes finite in shared memory what it multiplies with zeros. Slots of the rings
-serve it as memory: by then nobody uses them.
+0 · NaN is NaN: a key or value that the mask hides, and that is not finite, would reach what a partial tile adds to. Looking for
+that in every tile would cost time. Instead each warpgroup looks at what it is about to leave. What is finite is right. For
+anything else it goes through its visits once more, on its own, and makes finite in shared memory what it multiplies with zeros.
+Slots of the rings serve it as memory: by then nobody uses them.
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .. import softmax
 from . import launch, leaves
 
-WIDTH, KEYS = 64, 64  # columns of a result, and keys or queries, that are computed at a time: there are few registers to spare
+WIDTH, KEYS = 64, 64  # columns of a result, and keys or queries, that are computed at a time: registers are few
 FINITE, NAN, INFINITE, MINUS_INFINITE = range(4)
 
 
-def wanted(*results: Any) -> Any:
-  """Whether anything in these results, in registers, is not finite."""
-  broken = jnp.int32(0)
+def wanted(flags: Any, *results: Any) -> Any:
+  """Whether anything in a warpgroup's results, in registers, is not finite.
+
+  A sum over a whole tile would go through shared memory that Mosaic gives to all warpgroups alike, and these come here at the same
+  time. Rows are summed within warps, and `flags`, `[64]` of shared memory for each warpgroup, makes one number of them.
+  """
+  counts = launch.in_layout(jnp.zeros((launch.WARPGROUP_ROWS,), jnp.float32), 1)
   for x in results:
     count = jnp.where(jnp.abs(x) < softmax.INF, 0.0, 1.0)
-    if x.ndim == 2:
-      count = launch.in_layout(jnp.sum(launch.in_layout(count), axis=1), 1)
-    broken = broken + jnp.sum(count).astype(jnp.int32)
-  return broken > 0
+    counts = counts + (launch.in_layout(jnp.sum(launch.in_layout(count), axis=1), 1) if x.ndim == 2 else count)
+  flags[...] = counts
+  return lax.fori_loop(0, launch.WARPGROUP_ROWS, lambda row, total: total + flags[row], jnp.float32(0)) > 0
 
 
 def scratch(warpgroups: int, copies: int, dtype: Any) -> dict[str, Any]:
   """What a kernel needs more: barriers, for `copies` that each warpgroup waits for on its own and for all to meet, and a tile."""
-  found: dict[str, Any] = {"mended": plgpu.Barrier(num_arrivals=copies, num_barriers=warpgroups),
+  found: dict[str, Any] = {"flags": plgpu.SMEM((warpgroups, launch.WARPGROUP_ROWS), jnp.float32),
+                           "mended": plgpu.Barrier(num_arrivals=copies, num_barriers=warpgroups),
                            "mended_tile": launch.matrix(dtype, warpgroups, launch.WARPGROUP_ROWS, WIDTH)}
   return found | ({"through": plgpu.Barrier(num_arrivals=warpgroups)} if warpgroups > 1 else {})
 
@@ -96,7 +100,8 @@ def visit_all(walk: launch.Walk, side: int, visit: Callable[[Any, Any], Any], ca
 def two_products(call: launch.Call, lefts: tuple[Any, Any], rights: list[Callable], n: Any) -> tuple[Any, Any]:
   """The products of scores and of dO Vᵀ at visit n, awaited; 0 for the second where it is not asked for."""
   acc = plgpu.ACC((launch.WARPGROUP_ROWS, rights[0](0).shape[0]), jnp.float32)
-  found = [launch.product(call, lambda a, b, left=launch.kept(left, n): (left(a), right(b).transpose((1, 0))), acc)
+  operands = lambda left, right: lambda a, b: (left(a), right(b).transpose((1, 0)))
+  found = [launch.product(call, operands(launch.kept(left, n), right), acc)
            for left, right in zip(lefts, rights) if left is not None]
   return found[0], found[1] if len(found) > 1 else jnp.zeros_like(found[0])
 
@@ -107,7 +112,8 @@ def leave_or(call: launch.Call, memory: Any, leave: Callable[[], None], again: C
     leave()
     return
   meet(getattr(memory, "through", None))
-  lax.cond(wanted(*results), again, leave)
+  flags = memory.flags.at[lax.axis_index("warpgroup")]
+  lax.cond(wanted(flags, *results), again, leave)
 
 
 def store(x: Any, tile: Any, place: Any) -> None:
@@ -120,7 +126,7 @@ def store(x: Any, tile: Any, place: Any) -> None:
 
 def attend_again(call: launch.Call, walk: launch.Walk, weights: Callable, scores: Callable, v_tile: Callable, p_tile: Any,
                  start: softmax.State) -> Callable[[Any], Any]:
-  """For `by_columns`: 64 columns of the output; `scores(key)`, of 64 keys, also loads the values, whose columns are `v_tile(column, piece)`.
+  """For `by_columns`: 64 columns of the output; `scores(key)`, of 64 keys, also loads values, `v_tile(column, piece)`.
 
   First the elements of values that are NaN, infinite and minus infinite are each weighed with 1 for each key that a row sees, which
   says where they show; then what is finite is weighed as usual.

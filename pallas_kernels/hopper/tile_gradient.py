@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 from typing import Any
 
@@ -42,7 +41,7 @@ def tile_gradient(call: launch.Call, residuals: launch.Residuals, logits: Any, w
     queries, keys, values, douts = (ring(name) for name in ("q", "k", "v", "dout"))
 
     def visits(use, end, start):
-      """`end(j, kept)` for each key tile j, with `kept = use(n, batch, head, j, kept)` from `start` on, n counting what is not empty."""
+      """`end(j, kept)` for each key tile j, `kept = use(n, batch, head, j, kept)` from `start` on; n counts what is not empty."""
       def visit(m, carry):
         n, j, kept = carry
         b = own_batch if own[0] > 1 else lax.div(m, jnp.int32(heads))
@@ -114,7 +113,8 @@ def tile_gradient(call: launch.Call, residuals: launch.Residuals, logits: Any, w
 
   out = jax.ShapeDtypeStruct((*own, row_tiles * rows, key_tiles * columns), leaf.dtype)
   scratch = launch.rings(call, warpgroups, q=(rows, width), k=(columns, width), v=(columns, value_width),
-                         dout=(rows, value_width)) | dict(out=launch.matrix(leaf.dtype, warpgroups, height, columns))
+                         dout=(rows, value_width)) | {
+                             "out": launch.matrix(leaf.dtype, warpgroups, height, columns)}
   grid = {"head": own[1], "tile": row_tiles, "batch": own[0]}
   ins = [*residuals, jnp.asarray(kinds).reshape(-1), *call.stored(logits, (rows, columns))]
   dleaf, = call.launch(kernel, "jflash_dleaf", grid, warpgroups, ins, [out], scratch)

@@ -1,8 +1,8 @@
 """dK and dV of wide heads: two warpgroups share the work on each tile, half of the scores and half of the columns each.
 
 A warpgroup that summed dK and dV `[64, 256]` alone would need 256 registers a thread for that, and may have 240. Here a thread
-block has 64 keys. Each warpgroup computes Pᵀ and dSᵀ for half of the queries of a tile and leaves them in shared memory, whence both
-take all of them to multiply them with their halves of the columns of dO and Q. No product is computed twice.
+block has 64 keys. Each warpgroup computes Pᵀ and dSᵀ for half of the queries of a tile and leaves them in shared memory, whence
+both take all of them to multiply them with their halves of the columns of dO and Q. No product is computed twice.
 
 Products run one behind the other, and what is computed between them beside them: P beside V dOᵀ, dS beside Pᵀ dO.
 """
@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import schedule
 from . import launch, leaves, mend
-from .backward import tile_gradients, tile_weights
+from .backward import tile_weights
 
 _SHARERS = 2  # warpgroups that share a tile
 _HEIGHT = launch.WARPGROUP_ROWS
@@ -79,7 +79,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
       plgpu.barrier_wait(memory.loaded)
 
       def each_head(visit_head, state, part=lambda total: total):
-        """`visit_head(g, (state, sums))` for all heads; `part` of their sums is left, and what they add up to comes with the state."""
+        """`visit_head(g, (state, sums))` for all heads; `part` of their sums is left, and their total goes on with the state."""
         none = tuple(_zeros(_HEIGHT) for _ in wanted)
 
         def visit(g, carry):
@@ -129,7 +129,8 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
               at = pl.ds(row, _PART)
               mend.load([q_ref.at[there.batch, at, head], dout_ref.at[there.batch, at, head], lse_ref.at[there.batch, head, at],
                          delta_ref.at[there.batch, head, at]],
-                        [tiles[0](0), tiles[1](0), memory.lse.at[number, few], memory.delta.at[number, few]], memory.mended.at[number])
+                        [tiles[0](0), tiles[1](0), memory.lse.at[number, few], memory.delta.at[number, few]],
+                        memory.mended.at[number])
               s, dp = mend.two_products(call, (memory.k, memory.v), tiles, row)
               window = leaves.Window(there.batch, head, row, there.column, _PART, _HEIGHT, transposed=True)
               lse, delta = (window.along_rows(plgpu.load(ref.at[number, few], layout=leaves.WGMMA.reduce(0)))
@@ -160,20 +161,22 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
       if not call.masked:
         leave()
       else:  # what one warpgroup leaves lies where the other would read: either both compute again, or none
-        memory.broken[here.warpgroup] = mend.wanted(*accs, *sums).astype(jnp.int32)
+        memory.broken[here.warpgroup] = mend.wanted(memory.flags.at[here.warpgroup], *accs, *sums).astype(jnp.int32)
         _meet(memory.met.at[0])
-        lax.cond(memory.broken[0] + memory.broken[1] > 0, again, leave)
+        lax.cond(memory.broken[here.warpgroup] + memory.broken[1 - here.warpgroup] > 0, again, leave)
 
   outs = [*(jax.ShapeDtypeStruct((batch, residuals.k.shape[1], call.kv_heads, w), call.dtype) for w in (width, value_width)),
           *(jax.ShapeDtypeStruct((_SHARERS, batch, call.heads, tiles * columns), jnp.float32) for _ in wanted)]
   matrix = functools.partial(launch.matrix, call.dtype, lanes=_PART)
   rings = functools.partial(launch.rings, call, _SHARERS, lanes=_PART)
-  scratch = rings(2, q=(rows, width)) | rings(dout=(rows, value_width)) | dict(
-      k=matrix(1, _HEIGHT, width), v=matrix(1, _HEIGHT, value_width), loaded=plgpu.Barrier(num_arrivals=2),
-      lse=plgpu.SMEM((call.stages, rows), jnp.float32), delta=plgpu.SMEM((call.stages, rows), jnp.float32),
-      p=matrix(call.stages, _SHARERS, _HEIGHT, _PART), ds=matrix(_SHARERS, _HEIGHT, _PART), met=plgpu.Barrier(num_arrivals=_SHARERS, num_barriers=2))
+  scratch = rings(2, q=(rows, width)) | rings(dout=(rows, value_width)) | {
+      "k": matrix(1, _HEIGHT, width), "v": matrix(1, _HEIGHT, value_width), "loaded": plgpu.Barrier(num_arrivals=2),
+      "lse": plgpu.SMEM((call.stages, rows), jnp.float32), "delta": plgpu.SMEM((call.stages, rows), jnp.float32),
+      "p": matrix(call.stages, _SHARERS, _HEIGHT, _PART), "ds": matrix(_SHARERS, _HEIGHT, _PART),
+      "met": plgpu.Barrier(num_arrivals=_SHARERS, num_barriers=2)}
   if call.masked:
-    scratch |= dict(broken=plgpu.SMEM((_SHARERS,), jnp.int32), mended=plgpu.Barrier(num_arrivals=4, num_barriers=_SHARERS))
+    scratch |= {"flags": plgpu.SMEM((_SHARERS, _HEIGHT), jnp.float32), "broken": plgpu.SMEM((_SHARERS,), jnp.int32),
+                "mended": plgpu.Barrier(num_arrivals=4, num_barriers=_SHARERS)}
   grid = {"head": call.kv_heads, "tile": tiles * parts, "batch": batch}
   ins = [*residuals, *launch.flat(visits), *call.stored(logits, (rows, columns), transposed=True)]
   dk, dv, *dleaves = call.launch(kernel, "jflash_dkv", grid, _SHARERS, ins, outs, scratch)
@@ -239,7 +242,8 @@ def _run(call: launch.Call, add: Any, shape: tuple[int, int], start: Any, accs: 
       ref[...] = x
 
   init = plgpu.ACC.init
-  dk, dv, _, _, sums = pl.run_state(run)((*map(init, accs), init(_zeros(*shape)), init(_zeros(*shape) if start is None else start), sums))
+  dp = init(_zeros(*shape) if start is None else start)
+  dk, dv, _, _, sums = pl.run_state(run)((*map(init, accs), init(_zeros(*shape)), dp, sums))
   return (dk, dv), sums
 
 
