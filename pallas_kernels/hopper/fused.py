@@ -1,9 +1,9 @@
 """The backward pass in one kernel: five products a tile instead of seven, with dQ added up in global memory.
 
-A thread block walks the query tiles of its column of key tiles, as in `backward.dkv`. Its warpgroups leave dS in shared memory,
-each computes its share of that tile's part of dQ = dS K, and the warpgroup that loads adds the part to a float32 dQ by TMA. Several
-thread blocks add to a tile of dQ: in order, each when its turn has come, and two runs give the same bits; or as they come, and
-two runs may differ in the last ones.
+A thread block walks the query tiles of its column of key tiles, as in `columns.dkv`. Its warpgroups leave dS in shared memory, each
+computes its share of what the tile adds to dQ, dS K, and the warpgroup that loads adds the whole to a float32 dQ by TMA. Several thread
+blocks add to a tile of dQ: each when its turn has come, and two runs give the same bits; or as they come, and two runs may differ in
+the last ones.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ _HEIGHT = launch.WARPGROUP_ROWS
 
 def fused(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: schedule.RowVisits, wanted: tuple[int, ...] = (),
           ordered: bool = True) -> tuple[Any, Any, Any, list[Any]]:
-  """dQ, dK and dV, and leaves' gradients summed over queries. Sums over keys are made by `backward.dq` alone.
+  """dQ, dK and dV, and leaves' gradients summed over queries. Sums over keys are made by `rows.dq` alone.
+
+  What is not finite in hidden keys reaches the results: `columns.dkv` and `rows.dq` would compute those again, this cannot.
 
   Args:
-    call: of operands in one piece.
+    call: of operands in one piece, with tiles whose dQ the warpgroups can share out.
     visits: of the transposed table, column by column.
     wanted: leaves that run along keys.
-    ordered: whether thread blocks add to a tile of dQ in the order of their numbers, so that two runs give the same bits. They
-      wait for those of lower numbers only, which a GPU starts first.
+    ordered: whether thread blocks add to a tile of dQ in the order of their numbers, so that two runs give the same bits. One that
+      waits for its turn waits for lower numbers only, and a GPU starts those first.
 
   Returns:
     dQ `[B, T, N, H]`, dK `[B, S, K, H]`, dV `[B, S, K, E]`; a `[B, N, S filled up]` for each wanted leaf.
@@ -42,27 +44,27 @@ def fused(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: s
   (batches, length, _, width), value_width = residuals.q.shape, residuals.v.shape[3]
   (rows, columns), stages = call.tiles, call.stages
   warpgroups, tiles, row_tiles = columns // _HEIGHT, -(-call.keys // columns), -(-call.queries // rows)
-  share, count = _share(call, width), len(jax.tree.leaves(logits))
-  parts = tiles if call.interpret else 1  # the interpreter adds nothing: each column has a dQ of its own there
+  share, count, blocks = _share(call, width), len(jax.tree.leaves(logits)), rows // _HEIGHT
+  dqs = tiles if call.interpret else 1  # the interpreter adds nothing to memory: there each column has a dQ of its own
   turns = [jnp.asarray(schedule.turns(visits)).reshape(-1)] if ordered and not call.interpret else []
 
   def kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, **scratch):
     visit_refs, leaf_refs, refs = refs[:4], refs[4:4 + count], refs[4 + count:]
     turn_refs, (dq_ref, dk_ref, dv_ref, *dleaf_refs) = refs[:len(turns)], refs[len(turns):]
     memory = types.SimpleNamespace(**scratch)
-    batch, kv_head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
-    find_walk = lambda: launch.walk(visits, visit_refs, batch, kv_head, lax.axis_index("tile"))
     queries = launch.Ring(memory.q_tiles, memory.q_full, memory.q_empty, stages)
-    order = _Order(*turn_refs, pl.get_global(plgpu.SemaphoreType.REGULAR((batches * call.heads * row_tiles,)))) if turns else None
+    semaphores = [pl.get_global(plgpu.SemaphoreType.REGULAR((batches * call.heads * row_tiles,))) for _ in turns]
+    batch, kv_head, warpgroup = launch.place()
+    find_walk = lambda: launch.walk(visits, visit_refs, batch, kv_head)
 
     @pl.when(warpgroup == warpgroups)
     def _():
       launch.share_registers(warpgroups, loads=True)
       number, walk = find_walk()
       total = walk.count * call.groups
+      plgpu.barrier_arrive(memory.part_empty)
       for source, tile in ((k_ref, memory.k), (v_ref, memory.v)):
         plgpu.copy_gmem_to_smem(source.at[batch, pl.ds(number * columns, columns), kv_head], tile, memory.loaded)
-      plgpu.barrier_arrive(memory.part_empty)
 
       def load(n, g, m):
         head, here = kv_head * call.groups + g, pl.ds(walk.tile(m) * rows, rows)
@@ -71,16 +73,17 @@ def fused(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: s
 
       def add(n, g, m):
         head, tile = kv_head * call.groups + g, walk.tile(m)
-        part = number * batches + batch if call.interpret else batch
-        _add(call, memory, dq_ref.at[part, pl.ds(tile * rows, rows), head], n + 1 < total, order,
-             (batch * call.heads + head) * row_tiles + tile, walk.base + walk.start + m)
+        to = dq_ref.at[number * batches + batch if call.interpret else batch, pl.ds(tile * rows, rows), head]
+        at = (batch * call.heads + head) * row_tiles + tile
+        turn = [_Turn(semaphore.at[at], walk._replace(tiles=ref).tile(m)) for semaphore, ref in zip(semaphores, turn_refs)]
+        _add(call, memory, to, n + 1 < total, *turn)
 
       def after(g, m):
         last = m + 1 == walk.count
         return jnp.where(last, g + 1, g), jnp.where(last, 0, m + 1)
 
       def both(n, carry):
-        """Loads tile n of all, which is tile m of query head g, and adds to that of `stages` before."""
+        """Loads visit n of all, which is visit m of query head g, and adds what `stages` visits before has come to."""
         loaded, added = carry
         pl.when(n < total)(lambda: load(n, *loaded))
         pl.when(n >= stages)(lambda: add(n - stages, *added))
@@ -101,31 +104,30 @@ def fused(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: s
       def of_group(g, accs):
         head = kv_head * call.groups + g
 
-        def gradients(n, block, qk, dp, sums, masked):
-          """(Pᵀ after dropout, d(q·k)ᵀ, sums over queries) of a block of queries in tile n of this head."""
-          row = walk.tile(n) * rows + block * _HEIGHT
-          window = leaves.Window(batch, head, row, column + launch.unknown_zero(walk.tile(n)), _HEIGHT, _HEIGHT, transposed=True)
-          statistic = functools.partial(tiles_of(n).statistic, block)
-          got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, masked, wanted, qk,
-                               statistic(memory.lse), dp, statistic(memory.delta))
-          return got.drop(got.p), got.dqk, tuple(total + call.rows.sum(x) for total, x in zip(sums, got.dleaves))
+        def weights(n, tiles, block, sums, masked):
+          """(Pᵀ after dropout, d(q·k)ᵀ, sums over queries) of a block of 64 queries in tile n of this head."""
+          statistic = functools.partial(tiles.statistic, block)
 
-        def tiles_of(n):
-          return _Tiles(memory, queries, g * walk.count + n, warpgroup, launch.unknown_zero(walk.tile(n)))
+          def gradients(qk, dp):
+            window = leaves.Window(batch, head, walk.tile(n) * rows + block * _HEIGHT, column + tiles.zero, _HEIGHT, _HEIGHT, True)
+            got = tile_gradients(call, logits, call.tiles_of(logits, leaf_refs, window), window, masked, wanted, qk,
+                                 statistic(memory.lse), dp, statistic(memory.delta))
+            new = tuple(total + call.rows.sum(x) for total, x in zip(sums, got.dleaves))
+            return got.drop(got.p).astype(call.dtype), got.dqk.astype(call.dtype), new
+
+          products = _one_by_one if count and call.overlapped else two_products
+          return products(call, functools.partial(tiles.scores, block), functools.partial(tiles.dweights, block), lambda: None,
+                          lambda: None, statistic(memory.delta), gradients, (_HEIGHT, _HEIGHT))
 
         def step(n, carry):
           (dk, dv), sums = carry
-          tiles = tiles_of(n)
+          tiles = _Tiles(memory, queries, g * walk.count + n, warpgroup)
           queries.wait(tiles.at)
-          for block in range(rows // _HEIGHT):
-            def weights(masked):
-              p, ds, new = (_one_by_one if masked and call.overlapped else two_products)(
-                call, functools.partial(tiles.scores, block), functools.partial(tiles.dweights, block), lambda: None, lambda: None,
-                tiles.statistic(block, memory.delta), lambda s, dp: gradients(n, block, s, dp, sums, masked), (_HEIGHT, _HEIGHT))
-              return p.astype(call.dtype), ds.astype(call.dtype), new
-            p, ds, sums = lax.cond(n < walk.partial, lambda: weights(True), lambda: weights(False)) if call.masked else weights(False)
+          for block in range(blocks):
+            of = functools.partial(weights, n, tiles, block, sums)
+            p, ds, sums = lax.cond(n < walk.partial, lambda: of(True), lambda: of(False)) if call.masked else of(False)
             tiles.ds(block)[...] = ds
-            if block + 1 < rows // _HEIGHT:
+            if block + 1 < blocks:
               dv, = launch.accumulate(call, [dv], [p], [lambda _: tiles.dout(block)], [tiles.p])
           accs = _accumulate(call, tiles, share, (dk, dv), p)
           queries.release(tiles.at)
@@ -150,47 +152,51 @@ def fused(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: s
   outs = [*(jax.ShapeDtypeStruct((batches, residuals.k.shape[1], call.kv_heads, w), call.dtype) for w in (width, value_width)),
           *(jax.ShapeDtypeStruct((batches, call.heads, tiles * columns), jnp.float32) for _ in wanted)]
   sizes = {"head": call.kv_heads, "tile": tiles, "batch": batches}
-  # The last changes fastest. In order, as few thread blocks as possible of those that run together may wait for each other.
+  # The last one changes fastest. Those that wait for each other are to run one after the other rather than at once.
   grid = {name: sizes[name] for name in (("tile", "batch", "head") if ordered else ("head", "tile", "batch"))}
-  dq_ref = jax.new_ref(jnp.zeros((parts * batches, row_tiles * rows, call.heads, width), jnp.float32))
+  dq_ref = jax.new_ref(jnp.zeros((dqs * batches, row_tiles * rows, call.heads, width), jnp.float32))
   ins = [*residuals, *launch.flat(visits), *call.stored(logits, (rows, columns), transposed=True), *turns, dq_ref]
   dk, dv, *dleaves = call.launch(kernel, "jflash_fused", grid, warpgroups, ins, outs, _scratch(call, width, value_width))
-  dq = jax.freeze(dq_ref).reshape(parts, batches, -1, call.heads, width).sum(axis=0)[:, :length] * call.unit
+  dq = jax.freeze(dq_ref).reshape(dqs, batches, -1, call.heads, width).sum(axis=0)[:, :length] * call.unit
   return dq.astype(call.dtype), dk, dv, dleaves
 
 
 def _scratch(call: launch.Call, width: int, value_width: int) -> dict[str, Any]:
   (rows, columns), stages = call.tiles, call.stages
   warpgroups = columns // _HEIGHT
-  matrix = lambda *shape: launch.matrix(call.dtype, *shape)
+  matrix = functools.partial(launch.matrix, call.dtype)
   together = plgpu.Barrier(num_arrivals=warpgroups)
-  scratch = launch.rings(call, warpgroups, 3, q=(rows, width)) | dict(
-      dout=matrix(stages, rows, value_width), lse=plgpu.SMEM((stages, rows), jnp.float32), delta=plgpu.SMEM((stages, rows), jnp.float32),
-      k=matrix(columns, width), v=matrix(columns, value_width), loaded=plgpu.Barrier(num_arrivals=2),
-      ds=matrix(2, columns, rows), ds_full=together,
-      part=launch.matrix(jnp.float32, rows, width), part_full=together, part_empty=plgpu.Barrier())
-  return scratch if call.overlapped else scratch | dict(p=matrix(1, columns, _HEIGHT))
+  scratch = launch.rings(call, warpgroups, 3, q=(rows, width)) | {
+      "dout": matrix(stages, rows, value_width), "lse": plgpu.SMEM((stages, rows), jnp.float32),
+      "delta": plgpu.SMEM((stages, rows), jnp.float32), "k": matrix(columns, width), "v": matrix(columns, value_width),
+      "loaded": plgpu.Barrier(num_arrivals=2), "ds": matrix(2, columns, rows), "ds_full": together,
+      "part": launch.matrix(jnp.float32, rows, width, lanes=32), "part_full": together, "part_empty": plgpu.Barrier()}
+  return scratch if call.overlapped else scratch | {"p": matrix(1, columns, _HEIGHT)}
 
 
 def _share(call: launch.Call, width: int) -> tuple[int, int]:
-  """Rows and columns of a tile of dQ that one warpgroup computes: some rows, or some columns, in blocks of 64."""
+  """Rows and columns of a tile of dQ that one warpgroup computes: an equal part of either, in blocks of 64."""
   rows, warpgroups = call.tiles[0], call.tiles[1] // _HEIGHT
-  assert call.pieces == 1, f"operands come in {call.pieces} pieces; this kernel takes one. Use dq and dkv."
+  assert call.pieces == 1, f"operands come in {call.pieces} pieces, and this kernel takes one; use `dq` and `dkv`"
   if rows % (warpgroups * _HEIGHT) == 0:
     return rows // warpgroups, width
   assert rows == _HEIGHT and width % (warpgroups * _HEIGHT) == 0, (
-      f"{warpgroups} warpgroups cannot share out {rows} x {width} in blocks of {_HEIGHT} x {_HEIGHT}; take other tiles than {call.tiles}.")
+      f"{warpgroups} warpgroups cannot share out {rows} x {width} of dQ in blocks of 64 x 64: take other tiles than {call.tiles}")
   return rows, width // warpgroups
 
 
 class _Tiles(NamedTuple):
-  """What a warpgroup multiplies at tile `at` of all; `zero` is added to where its own are. Blocks are of 64 queries."""
+  """What a warpgroup multiplies at visit `at` of all. Blocks are of 64 queries."""
 
   memory: Any
   queries: launch.Ring
   at: Any
   warpgroup: Any
-  zero: Any
+
+  @property
+  def zero(self) -> Any:
+    """0, without the compiler knowing it, see `launch.kept`."""
+    return self.at >> 30
 
   @property
   def own(self) -> Any:
@@ -229,31 +235,35 @@ class _Tiles(NamedTuple):
     return pl.ds(start * share[0] if by_rows else 0, share[0]), pl.ds(0 if by_rows else start * share[1], share[1])
 
 
-def _one_by_one(call: launch.Call, first: Any, second: Any, wait: Any, release: Any, start: Any, use: Any,
-                shape: tuple[int, int]) -> Any:
-  """As `two_products`, with the second started when `dp()` is called: masks take the registers that it would take."""
-  def dp():
-    def product(ref):
-      if not call.dropped:
-        ref[...] = -start()
-      plgpu.wgmma(ref, *second(0, 0))
-      return ref[...]
-    return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-
-  return use(launch.product(call, first, plgpu.ACC(shape, jnp.float32)), dp)
-
-
 def _block(number: int) -> Any:
   return pl.ds(number * _HEIGHT, _HEIGHT)
 
 
+def _one_by_one(call: launch.Call, first: Any, second: Any, wait: Any, release: Any, start: Any, use: Any,
+                shape: tuple[int, int]) -> Any:
+  """As `two_products`, but the second begins when `dp()` is called: arrays of the logits take the registers that it would take."""
+  def dp():
+    def product(ref):
+      if not call.dropped:
+        ref[...] = -start()
+      wait()
+      plgpu.wgmma(ref, *second(0, 0))
+      return ref[...]
+
+    result = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+    release()
+    return result
+
+  return use(launch.product(call, first, plgpu.ACC(shape, jnp.float32)), dp)
+
+
 def _accumulate(call: launch.Call, tiles: _Tiles, share: tuple[int, int], accs: Any, p: Any) -> Any:
-  """(dK + dSᵀ Q, dV + Pᵀ dO of the last block), and the share of dQ = dS K left in shared memory."""
+  """(dK + dSᵀ Q, dV + Pᵀ dO of the last block), with this warpgroup's share of dS K left in shared memory."""
   memory, (rows, columns) = tiles.memory, call.tiles
   dq_rows, dq_columns = tiles.share(share)
   of_dq = lambda: (tiles.all_ds.at[:, dq_rows].transpose((1, 0)), memory.k.at[pl.ds(tiles.zero * columns, columns), dq_columns])
   of_dk = lambda: (tiles.all_ds.at[tiles.own], tiles.queries.tile(tiles.at, 0))
-  dout = tiles.dout(rows // _HEIGHT - 1)
+  dout = functools.partial(tiles.dout, rows // _HEIGHT - 1)
   plgpu.commit_smem()
   plgpu.barrier_arrive(memory.ds_full)
 
@@ -268,11 +278,11 @@ def _accumulate(call: launch.Call, tiles: _Tiles, share: tuple[int, int], accs: 
     product = lambda operands, shape: launch.product(call, lambda a, b: operands(), plgpu.ACC(shape, jnp.float32))
     leave(product(of_dq, share))
     dk, dv = accs
-    return dk + product(of_dk, dk.shape), *launch.accumulate(call, [dv], [p], [lambda _: dout], [tiles.p])
+    return dk + product(of_dk, dk.shape), *launch.accumulate(call, [dv], [p], [lambda _: dout()], [tiles.p])
 
   def products(refs):
     dk_ref, dv_ref = refs
-    plgpu.wgmma(dv_ref, p, tiles.dout(rows // _HEIGHT - 1))
+    plgpu.wgmma(dv_ref, p, dout())
     plgpu.barrier_wait(memory.ds_full)
 
     def part(dq_ref):
@@ -285,27 +295,21 @@ def _accumulate(call: launch.Call, tiles: _Tiles, share: tuple[int, int], accs: 
   return pl.run_state(products)(tuple(plgpu.ACC.init(acc) for acc in accs))
 
 
-class _Order(NamedTuple):
-  """Whose turn it is to add to each tile of dQ: as many have added as its semaphore counts."""
+class _Turn(NamedTuple):
+  """When to add to a tile of dQ: its semaphore counts those who have."""
 
-  turns: Any  # of the visits
-  semaphores: Any
-
-  def wait(self, tile: Any, visit: Any) -> None:
-    plgpu.semaphore_wait(self.semaphores.at[tile], self.turns[visit], decrement=False, memory_scope="gpu")
-
-  def signal(self, tile: Any) -> None:
-    plgpu.semaphore_signal(self.semaphores.at[tile], memory_scope="gpu")
+  semaphore: Any
+  number: Any
 
 
-def _add(call: launch.Call, memory: Any, dq_ref: Any, more: Any, order: _Order | None, tile: Any, visit: Any) -> None:
-  """Adds the part in shared memory to a tile of dQ, number `tile` of all; `more` says whether more parts will come."""
+def _add(call: launch.Call, memory: Any, to: Any, more: Any, turn: _Turn | None = None) -> None:
+  """Adds what the warpgroups have left to a tile of dQ; `more` says whether they will leave more."""
   plgpu.barrier_wait(memory.part_full)
-  if order is not None:
-    order.wait(tile, visit)
-  plgpu.copy_smem_to_gmem(memory.part, dq_ref, reduction_op=None if call.interpret else "add")
+  if turn is not None:
+    plgpu.semaphore_wait(turn.semaphore, turn.number, decrement=False, memory_scope="gpu")
+  plgpu.copy_smem_to_gmem(memory.part, to, reduction_op=None if call.interpret else "add")
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   pl.when(more)(lambda: plgpu.barrier_arrive(memory.part_empty))
-  if order is not None:
+  if turn is not None:
     plgpu.wait_smem_to_gmem(0)
-    order.signal(tile)
+    plgpu.semaphore_signal(turn.semaphore, memory_scope="gpu")
