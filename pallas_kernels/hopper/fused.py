@@ -154,10 +154,17 @@ def fused(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: s
   sizes = {"head": call.kv_heads, "tile": tiles, "batch": batches}
   # The last one changes fastest. Those that wait for each other are to run one after the other rather than at once.
   grid = {name: sizes[name] for name in (("tile", "batch", "head") if ordered else ("head", "tile", "batch"))}
-  dq_ref = jax.new_ref(jnp.zeros((dqs * batches, row_tiles * rows, call.heads, width), jnp.float32))
-  ins = [*residuals, *launch.flat(visits), *call.stored(logits, (rows, columns), transposed=True), *turns, dq_ref]
-  dk, dv, *dleaves = call.launch(kernel, "jflash_fused", grid, warpgroups, ins, outs, _scratch(call, width, value_width))
-  dq = jax.freeze(dq_ref).reshape(dqs, batches, -1, call.heads, width).sum(axis=0)[:, :length] * call.unit
+  ins = [*residuals, *launch.flat(visits), *call.stored(logits, (rows, columns), transposed=True), *turns]
+
+  def run(refs):
+    dq_ref, *out_refs = refs
+    found = call.launch(kernel, "jflash_fused", grid, warpgroups, [*ins, dq_ref], outs, _scratch(call, width, value_width))
+    for ref, x in zip(out_refs, found):
+      ref[...] = x
+
+  zeros = jnp.zeros((dqs * batches, row_tiles * rows, call.heads, width), jnp.float32)
+  dq, dk, dv, *dleaves = pl.run_state(run)((zeros, *(jnp.zeros(x.shape, x.dtype) for x in outs)))
+  dq = dq.reshape(dqs, batches, -1, call.heads, width).sum(axis=0)[:, :length] * call.unit
   return dq.astype(call.dtype), dk, dv, dleaves
 
 
