@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -34,7 +35,8 @@ KERNELS = {"forward": INPUTS, "dq": ("query",), "dkv": ("key", "value")}  # and 
 SMALL = _tiles_gpu.Launches(Launch((128, 64)), Launch((64, 64), 1), Launch((64, 64), 1), True, 1)
 LENGTH = 4096
 MOST = 10  # variants of one kernel that are timed
-SPILLED = 3  # of those that spill least, where fewer than two do not
+SCALARS = 64  # bytes that may spill: scalars, outside of the loops
+SPILLED = 3  # how many of those that spill least, where all spill
 SERIAL = ("C7511", "C7512", "C7513", "C7514")  # remarks of ptxas: products run one after the other
 NOISE = 0.01  # of two variants that differ by less, the earlier one is taken
 
@@ -78,10 +80,17 @@ def grid() -> list[Variant]:
   """All that are compiled, with as few stages as there may be."""
   rows = {"forward": (128, 192, 64), "dq": (64, 128, 192), "dkv": (64, 128)}
   columns = {"forward": (64, 128), "dq": (64, 128), "dkv": (64, 128, 192)}
-  return [Variant(kernel, width, Launch((r, c), 2 if kernel == "forward" else 1, turns), split)
-          for width in gpu_shapes.WIDTHS for kernel in KERNELS for r in rows[kernel] for c in columns[kernel]
-          for turns in ((False, True) if kernel == "forward" and r == 128 else (False,))
-          for split in ((False, True) if kernel == "dkv" else (False,))]
+  made = []
+  for width, kernel in itertools.product(gpu_shapes.WIDTHS, KERNELS):
+    for r, c in itertools.product(rows[kernel], columns[kernel]):
+      shared = kernel == "dkv" and width > 128  # by two warpgroups, 64 x 64 scores at a time
+      if not shared or (r, c) == (64, 64):
+        turns = (False, True) if kernel == "forward" and r == 128 else (False,)
+        splits = (False, True) if kernel == "dkv" and not shared else (False,)
+        launch = Launch((r, c), 2 if kernel == "forward" else 1)
+        made += [Variant(kernel, width, dataclasses.replace(launch, turns=turn), split)
+                 for turn, split in itertools.product(turns, splits)]
+  return made
 
 
 def compile_cases() -> dict[str, tuple[Callable, tuple]]:
@@ -118,12 +127,11 @@ def found_by_compiling(chip: str) -> dict[str, Any]:
 def candidates(kernel: str, width: int, found: Mapping[str, Any]) -> list[Variant]:
   """Those that neither spill nor run products one after the other, with one stage more and two more where there is room.
 
-  Where fewer than two do so, those that spill least.
+  Where there are none, those that spill least.
   """
   rows = [row for row in found["variants"] if (row["kernel"], row["width"]) == (kernel, width)]
-  good = [row for row in rows if not row["spilled"] and not row["serial"]]
-  if len(good) < 2:
-    good = sorted(rows, key=lambda row: (row["serial"], row["spilled"]))[:SPILLED]
+  good = ([row for row in rows if row["spilled"] <= SCALARS and not row["serial"]]
+          or sorted(rows, key=lambda row: (row["serial"], row["spilled"]))[:SPILLED])
   limit, made = gpu_chips.CHIPS[found["chip"]].shared_limit, []
   for more in range(3 if kernel == "forward" else 2):
     for row in good:
