@@ -17,7 +17,7 @@ gpu_topology.require_jax()
 from tests import gpu_cases  # noqa: E402
 from tests.gpu_interpret import attention, by_kernels, interpret  # noqa: E402
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 
 def split(built, traced):

@@ -15,7 +15,7 @@ from jflash import masks  # noqa: E402
 from pallas_kernels.hopper import mend  # noqa: E402
 from tests.gpu_interpret import attention, interpret  # noqa: E402
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 T, S, N, K, H, E = 70, 130, 2, 1, 8, 12
 BAD = [np.nan, np.inf, -np.inf]
@@ -25,7 +25,7 @@ def draw(t=T, s=S):
   """q, k, v, the cotangent of out, in bfloat16, and that of lse, as NumPy arrays; one batch element."""
   rng = np.random.default_rng(0)
   shapes = (1, t, N, H), (1, s, K, H), (1, s, K, E), (1, t, N, E)
-  return *(np.asarray(jnp.asarray(rng.normal(size=shape), jnp.bfloat16)) for shape in shapes), rng.normal(size=(1, t, N)).astype("f")
+  return *(np.array(jnp.asarray(rng.normal(size=shape), jnp.bfloat16)) for shape in shapes), rng.normal(size=(1, t, N)).astype("f")
 
 
 def gradient(attend, tiles=None, **options):
@@ -47,9 +47,12 @@ def as_numpy(results):
 
 
 def assert_same(dirty, clean):
+  """As far as bfloat16 goes: what is computed again rounds P against the maxima of other groups of keys."""
   for name, x in clean.items():
-    assert np.isfinite(x[x != -np.inf]).all(), name
-    np.testing.assert_array_equal(dirty[name], x, name)
+    seen = x != -np.inf
+    assert np.isfinite(x[seen]).all(), name
+    np.testing.assert_array_equal(dirty[name] != -np.inf, seen, name)
+    np.testing.assert_allclose(dirty[name][seen], x[seen], rtol=0, atol=2.0**-6 * abs(x[seen]).max(), err_msg=name)
 
 
 CAUSAL = {"is_causal": True}

@@ -24,20 +24,24 @@ WIDTH, KEYS = 64, 64  # columns of a result, and keys or queries, that are compu
 FINITE, NAN, INFINITE, MINUS_INFINITE = range(4)
 
 
-def wanted(*results: Any) -> Any:
-  """Whether anything in these results, in registers, is not finite."""
-  broken = jnp.int32(0)
+def wanted(flags: Any, *results: Any) -> Any:
+  """Whether anything in a warpgroup's results, in registers, is not finite.
+
+  A sum over a whole tile would go through shared memory that Mosaic gives to all warpgroups alike, and these come here at the same
+  time. Rows are summed within warps, and `flags`, `[64]` of shared memory for each warpgroup, makes one number of them.
+  """
+  counts = launch.in_layout(jnp.zeros((launch.WARPGROUP_ROWS,), jnp.float32), 1)
   for x in results:
     count = jnp.where(jnp.abs(x) < softmax.INF, 0.0, 1.0)
-    if x.ndim == 2:
-      count = launch.in_layout(jnp.sum(launch.in_layout(count), axis=1), 1)
-    broken = broken + jnp.sum(count).astype(jnp.int32)
-  return broken > 0
+    counts = counts + (launch.in_layout(jnp.sum(launch.in_layout(count), axis=1), 1) if x.ndim == 2 else count)
+  flags[...] = counts
+  return lax.fori_loop(0, launch.WARPGROUP_ROWS, lambda row, total: total + flags[row], jnp.float32(0)) > 0
 
 
 def scratch(warpgroups: int, copies: int, dtype: Any) -> dict[str, Any]:
   """What a kernel needs more: barriers, for `copies` that each warpgroup waits for on its own and for all to meet, and a tile."""
-  found: dict[str, Any] = {"mended": plgpu.Barrier(num_arrivals=copies, num_barriers=warpgroups),
+  found: dict[str, Any] = {"flags": plgpu.SMEM((warpgroups, launch.WARPGROUP_ROWS), jnp.float32),
+                           "mended": plgpu.Barrier(num_arrivals=copies, num_barriers=warpgroups),
                            "mended_tile": launch.matrix(dtype, warpgroups, launch.WARPGROUP_ROWS, WIDTH)}
   return found | ({"through": plgpu.Barrier(num_arrivals=warpgroups)} if warpgroups > 1 else {})
 
@@ -108,7 +112,8 @@ def leave_or(call: launch.Call, memory: Any, leave: Callable[[], None], again: C
     leave()
     return
   meet(getattr(memory, "through", None))
-  lax.cond(wanted(*results), again, leave)
+  flags = memory.flags.at[lax.axis_index("warpgroup")]
+  lax.cond(wanted(flags, *results), again, leave)
 
 
 def store(x: Any, tile: Any, place: Any) -> None:

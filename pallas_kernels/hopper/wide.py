@@ -160,7 +160,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
       if not call.masked:
         leave()
       else:  # what one warpgroup leaves lies where the other would read: either both compute again, or none
-        memory.broken[here.warpgroup] = mend.wanted(*accs, *sums).astype(jnp.int32)
+        memory.broken[here.warpgroup] = mend.wanted(memory.flags.at[here.warpgroup], *accs, *sums).astype(jnp.int32)
         _meet(memory.met)
         lax.cond(memory.broken[0] + memory.broken[1] > 0, again, leave)
 
@@ -174,7 +174,8 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
       "lse": plgpu.SMEM((call.stages, rows), jnp.float32), "delta": plgpu.SMEM((call.stages, rows), jnp.float32),
       "p": matrix(2, _SHARERS, _HEIGHT, _PART), "ds": matrix(_SHARERS, _HEIGHT, _PART), "met": both(), "p_met": both()}
   if call.masked:
-    scratch |= {"broken": plgpu.SMEM((_SHARERS,), jnp.int32), "mended": plgpu.Barrier(num_arrivals=4, num_barriers=_SHARERS)}
+    scratch |= {"flags": plgpu.SMEM((_SHARERS, _HEIGHT), jnp.float32), "broken": plgpu.SMEM((_SHARERS,), jnp.int32),
+                "mended": plgpu.Barrier(num_arrivals=4, num_barriers=_SHARERS)}
   grid = {"head": call.kv_heads, "tile": tiles * parts, "batch": batch}
   ins = [*residuals, *launch.flat(visits), *call.stored(logits, (rows, columns), transposed=True)]
   dk, dv, *dleaves = call.launch(kernel, "jflash_dkv", grid, _SHARERS, ins, outs, scratch)
