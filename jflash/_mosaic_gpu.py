@@ -78,7 +78,7 @@ def _named(jaxpr: Any) -> set[str]:
     name, inner = equation.primitive.name, equation.params.get("jaxpr")
     if name in ("jit", "pjit"):
       found |= _named(inner.jaxpr)
-    elif name == "integer_pow" and equation.params["y"] != 2:
+    elif name == "integer_pow" and not (equation.params["y"] == -1 or equation.params["y"] >= 2):
       found.add(f"integer_pow[{equation.params['y']}]")
     else:
       found.add(name)
