@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--lengths", type=options.integers, default=list(Setup.lengths), help="N, with commas between")
   parser.add_argument("--repeats", type=int, default=15, help="rounds of one comparison at most")
   parser.add_argument("--case-seconds", type=float, default=2.0, help="for the rounds of one comparison")
-  parser.add_argument("--workers", type=int, default=max(1, min(6, (os.cpu_count() or 2) // 2)), help="processes that compile")
+  parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="processes that compile")
   parser.add_argument("--rehearse", action="store_true", help="small shapes in plain JAX, on any device: tries this script")
   args = parser.parse_args(argv)
   if unknown := [part for part in args.parts if part not in PARTS]:

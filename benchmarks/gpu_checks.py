@@ -170,7 +170,8 @@ class Check:
       lost = self._row("it hung, or the device broke down", True)
       return lambda: [lost]
     begin(self.name)
-    given, dout, dlse = self.given(time.time_ns() % 2**32)
+    seed = time.time_ns() % 2**32
+    given, dout, dlse = self.given(seed)
     cotangents = dout, dlse
     seen = dict(given.moving)
     if given.hidden is not None:  # whatever is there must not matter
@@ -196,7 +197,7 @@ class Check:
         return [self._row(report.reason(error), True)]
       with jax.enable_x64(True):
         want = jax.tree.map(np.asarray, exact(*inputs))
-      return [self.judge(runs, want)]
+      return [self.judge(runs, want, seed)]
 
     return measure
 
@@ -214,7 +215,7 @@ class Check:
     del poison
     return jax.tree.map(np.asarray, ours(seen, fixed, cotangents))
 
-  def judge(self, runs: Sequence[Any], want: Any) -> Result:
+  def judge(self, runs: Sequence[Any], want: Any, seed: int) -> Result:
     """Errors by name, and whether all runs gave the same bits."""
     kind = self.dtype, self.precision
     errors, wrong = {}, []
@@ -227,7 +228,8 @@ class Check:
       if any(dict(_named(run))[name].tobytes() != found.tobytes() for run in runs[1:]):
         wrong.append(f"{name} differs between runs")
     worst = max((name for name in errors if name != "lse"), key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
-    return self._row("; ".join(wrong), bool(wrong), error=errors[worst], of=worst, allowed=ALLOWED[kind], errors=errors)
+    return self._row("; ".join(wrong), bool(wrong), error=errors[worst], of=worst, allowed=ALLOWED[kind], errors=errors,
+                     seed=seed)
 
   def _row(self, note: str, failed: bool, **measured: Any) -> Result:
     return Result(part="checks", case={"check": self.name}, name=self.setup.implementation, note=note, failed=failed,

@@ -118,7 +118,7 @@ class Contest:
           state.make(entrant)
       sets = draw.sets()
       begin("what is exact")
-      error = functools.partial(exact.error, want=exact(sets[0])) if exact else lambda got: None
+      error = _error_of(exact, sets[0])
       return [row for direction in dict.fromkeys(entrant.direction for entrant in self.entrants)
               for row in self._measure(direction, state, sets, error)]
 
@@ -154,6 +154,15 @@ class Contest:
     wrong = (errors.get(entrant.name) or 0) > WRONG
     return Result(part=self.part, case={**self.case, "pass": entrant.direction}, name=entrant.name, times=own, note=note,
                   measured=measured, failed=wrong)
+
+
+def _error_of(exact: Exact | None, drawn: Mapping[str, Any]) -> Callable[[Any], float | None]:
+  """The error of an output or of gradients; None where it is not known."""
+  try:
+    return functools.partial(exact.error, want=jax.block_until_ready(exact(drawn))) if exact else lambda got: None
+  except RuntimeError as error:  # it takes memory in proportion to N²
+    check_device("what is exact", error)
+    return lambda got: None
 
 
 def check_device(label: str, error: Exception) -> None:

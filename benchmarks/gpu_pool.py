@@ -162,6 +162,8 @@ class Pool:
     process = self.start()
     with self.state:
       self.processes.add(process)
+      if self.over:
+        process.close()
     self.ready(process.receive(self.limits.start)["ready"])
     return process
 
@@ -170,8 +172,8 @@ class Pool:
     while job := self._take():
       try:
         process = process or self._begin()
-      except (Silent, Died, OSError) as error:
-        self._deliver([lost(job.part, job.name, f"no process for it: {error}")])
+      except (Silent, Died, OSError, ValueError) as error:
+        self._lose(job, f"no process for it: {error}")
         return
       if not self._do(process, job):
         with self.state:
@@ -198,7 +200,7 @@ class Pool:
         with self.turn:
           go = self.budget.open(job.part)
           if not go:
-            self._deliver([lost(job.part, job.name, TIME_WAS_UP)])
+            self._lose(job)
           process.send({"go": go})
           said = self._listen(process, job, begun, self.limits.measure)
       return said == "done"
@@ -222,15 +224,16 @@ class Pool:
 
   def _again(self, job: Job, culprit: str, why: str) -> None:
     """What hung is left out the next time; where that is not known, or did not help, the case is lost."""
-    if self.over:
-      self._deliver([lost(job.part, job.name, TIME_WAS_UP)])
-      return
-    known = culprit and culprit not in job.without and len(job.without) < 8
-    note = f"{culprit or 'compiling'}: {why}" + ("; the rest of the case is tried again without it" if known else "")
-    self._deliver([lost(job.part, job.name, note, failed=True)])
-    if known:
+    again = culprit and culprit not in job.without and len(job.without) < 8
+    self._lose(job, f"{culprit or 'compiling'}: {why}{'; the case is tried again without it' * bool(again)}")
+    if again:
       with self.state:
         self.jobs.appendleft(job._replace(without=(*job.without, culprit)))
+
+  def _lose(self, job: Job, why: str = "") -> None:
+    """A failure, unless it comes of the time being up."""
+    failed = bool(why) and not self.over
+    self._deliver([lost(job.part, job.name, why if failed else TIME_WAS_UP, failed)])
 
   def _deliver(self, results: list[Result]) -> None:
     with self.state:

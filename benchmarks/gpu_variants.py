@@ -125,7 +125,7 @@ def found_by_compiling(chip: str) -> dict[str, Any]:
 
 
 def candidates(kernel: str, width: int, found: Mapping[str, Any]) -> list[Variant]:
-  """Those that neither spill nor run products one after the other, with one stage more and two more where there is room.
+  """Those that neither spill nor run products one after the other, also with one stage more where there is room; large tiles first.
 
   Where there are none, those that spill least.
   """
@@ -133,8 +133,8 @@ def candidates(kernel: str, width: int, found: Mapping[str, Any]) -> list[Varian
   good = ([row for row in rows if row["spilled"] <= SCALARS and not row["serial"]]
           or sorted(rows, key=lambda row: (row["serial"], row["spilled"]))[:SPILLED])
   limit, made = gpu_chips.CHIPS[found["chip"]].shared_limit, []
-  for more in range(3 if kernel == "forward" else 2):
-    for row in good:
+  for row in sorted(good, key=lambda row: -math.prod(row["launch"]["tiles"])):
+    for more in range(2):
       launch = Launch(**row["launch"] | {"tiles": tuple(row["launch"]["tiles"])})
       variant = Variant(kernel, width, launch, row["split"])
       if row["shared"] + more * variant.stage <= limit:

@@ -37,24 +37,30 @@ def work(setup: gpu_speed.Setup, commands: TextIO, out: TextIO) -> None:
     out.write(json.dumps(what) + "\n")
     out.flush()
 
-  begin = lambda label: say(begin=label)
   say(ready=device())
   for line in commands:
-    job = json.loads(line)
     try:
-      measure = PARTS[job["part"]](setup)[job["name"]]().prepare(begin, job["without"])
-      say(compiled=True)
-      if json.loads(commands.readline())["go"]:
-        say(rows=[row.to_json() for row in measure()])
+      _do(json.loads(line), setup, commands, say)
     except gpu_contest.Broken as broken:
       say(broken=list(broken.args))
       return
-    except Exception as error:  # reported, so that the other cases are measured
-      say(rows=[lost(job["part"], job["name"], report.reason(error)).to_json()])
-    measure = None
     jax.clear_caches()
     gc.collect()
     say(done=True)
+
+
+def _do(job: dict[str, Any], setup: gpu_speed.Setup, commands: TextIO, say: Callable[..., None]) -> None:
+  """One case; raises `Broken` if that was the last that the device computed."""
+  try:
+    measure = PARTS[job["part"]](setup)[job["name"]]().prepare(lambda label: say(begin=label), job["without"])
+    say(compiled=True)
+    if json.loads(commands.readline())["go"]:
+      say(rows=[row.to_json() for row in measure()])
+  except gpu_contest.Broken:
+    raise
+  except Exception as error:  # reported, so that the other cases are measured
+    say(rows=[lost(job["part"], job["name"], report.reason(error), failed=True).to_json()])
+    gpu_contest.check_device(job["name"], error)
 
 
 def device() -> dict[str, Any]:

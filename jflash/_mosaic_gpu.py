@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import hopper, products, schedule, softmax
 from pallas_kernels.hopper import launch
@@ -77,7 +78,7 @@ def _named(jaxpr: Any) -> set[str]:
     name, inner = equation.primitive.name, equation.params.get("jaxpr")
     if name in ("jit", "pjit"):
       found |= _named(inner.jaxpr)
-    elif name == "integer_pow" and equation.params["y"] != 2:
+    elif name == "integer_pow" and not (equation.params["y"] == -1 or equation.params["y"] >= 2):
       found.add(f"integer_pow[{equation.params['y']}]")
     else:
       found.add(name)
@@ -176,24 +177,37 @@ def _cotangent(problem: Problem, visits: _plan.LaunchSchedule, out: Any, lse: An
   launches = _launches(plan)
   of_dq, of_dkv = (_call(problem, plan, of, unit) for of in (launches.dq, launches.dkv))
   dout, delta = softmax.row_cotangents(out, lse, dout, dlse)
-  longest = max(of_dq.tiles[0], of_dkv.tiles[0])
+  longest = max(of.tiles[0] for of in (launches.dq, launches.dkv, launches.fused) if of)
   fill = lambda x, value: jnp.pad(x.transpose(0, 2, 1), ((0, 0), (0, 0), (0, -problem.queries % longest)), constant_values=value)
   q, k, v, dout = (_lay_out(x, plan, of_dq.dtype) for x in (problem.q, problem.k, problem.v, dout))
   residuals = hopper.Residuals(q, k, v, dout, fill(lse / unit, softmax.INF), fill(delta, 0.0))
   by_query, by_key, by_both, others = _by_axes(problem, wanted)
-  dq, query_sums = hopper.dq(of_dq, residuals, logits, visits.dq, tuple(by_query))
-  if _shared(problem):
-    (dk, dv), key_sums = hopper.wide.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key))
-  elif launches.split:
-    (dk,), key_sums = hopper.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key), (True, False))
-    (dv,), _ = hopper.dkv(of_dkv, residuals, logits, visits.dkv, (), (False, True))
+
+  def in_two():
+    dq, query_sums = hopper.dq(of_dq, residuals, logits, visits.dq, tuple(by_query))
+    if _shared(problem):
+      (dk, dv), key_sums = hopper.wide.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key))
+    elif launches.split:
+      (dk,), key_sums = hopper.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key), (True, False))
+      (dv,), _ = hopper.dkv(of_dkv, residuals, logits, visits.dkv, (), (False, True))
+    else:
+      (dk, dv), key_sums = hopper.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key))
+    return dq, dk, dv, query_sums, [x[:, :, :problem.keys] for x in key_sums]
+
+  if launches.fused and not by_query:
+    call = _call(problem, plan, launches.fused, unit)
+    dq, dk, dv, key_sums = hopper.fused(call, residuals, logits, visits.fused, tuple(by_key), launches.ordered)
+    found = dq, dk, dv, [], [x[:, :, :problem.keys] for x in key_sums]
+    finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(found)]).all()
+    found = lax.cond(finite, lambda: found, in_two) if call.masked else found  # hidden keys may be the reason
   else:
-    (dk, dv), key_sums = hopper.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key))
+    found = in_two()
+  dq, dk, dv, query_sums, key_sums = found
   cut = lambda x, like: x[:, :like.shape[1], :, :like.shape[3]].astype(like.dtype)
 
   leaves = jax.tree.leaves(problem.logits)
   grads = {n: _sum_to(sums[:, :, :problem.queries, None], leaves[n]) for n, sums in zip(by_query, query_sums)}
-  grads |= {n: _sum_to(sums[:, :, None, :problem.keys], leaves[n]) for n, sums in zip(by_key, key_sums)}
+  grads |= {n: _sum_to(sums[:, :, None], leaves[n]) for n, sums in zip(by_key, key_sums)}
   of_dq = dataclasses.replace(of_dq, stages=1) if _shared(problem) else of_dq  # it has all four operands in rings
   grads |= {n: hopper.tile_gradient(of_dq, residuals, logits, n, visits.dq_kinds).astype(leaves[n].dtype) for n in by_both}
   if others:

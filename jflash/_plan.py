@@ -44,6 +44,7 @@ class LaunchSchedule(NamedTuple):
   dkv: schedule.RowVisits  # of columns
   kinds: Any  # for the forward kernel's tiles
   dq_kinds: Any
+  fused: schedule.RowVisits | None = None  # of columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,11 @@ def settle(plan: Plan, visits: Schedule | LaunchSchedule) -> Plan:
   """The plan without the kinds of tiles that are known not to occur: code that is not compiled."""
   if not isinstance(visits.kinds, np.ndarray):
     return plan
-  return dataclasses.replace(plan, kinds=tuple(kind for kind in plan.kinds if (visits.kinds == kind).any()))
+  found = [kind for kind in plan.kinds if (visits.kinds == kind).any()]
+  if isinstance(visits, LaunchSchedule) and schedule.PARTIAL not in found:  # other kernels have other tiles
+    of_others = [x.partial for x in (visits.dq, visits.dkv, visits.fused) if x is not None]
+    found += [schedule.PARTIAL] * any(partial.any() for partial in of_others)
+  return dataclasses.replace(plan, kinds=tuple(found))
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -185,8 +190,9 @@ def _schedule_on_device(problem: Problem, plan: Plan) -> Schedule | LaunchSchedu
 def _schedule(problem: Problem, plan: Plan) -> Schedule | LaunchSchedule:
   if plan.launches is not None:
     forward, dq, dkv = (_kinds(problem, x.of_scores) for x in (plan.launches.forward, plan.launches.dq, plan.launches.dkv))
-    visits = schedule.row_visits
-    return LaunchSchedule(visits(forward), visits(dq), visits(dkv.swapaxes(-1, -2)), forward, dq)
+    visits, of_columns = schedule.row_visits, lambda kinds: schedule.row_visits(kinds.swapaxes(-1, -2))
+    fused = plan.launches.fused and of_columns(_kinds(problem, plan.launches.fused.of_scores))
+    return LaunchSchedule(visits(forward), visits(dq), of_columns(dkv), forward, dq, fused)
   kinds = _kinds(problem, plan.tiles)
   rows, columns = kinds.shape[2:]
   most = _most_in_a_row(problem, plan, columns)

@@ -40,6 +40,8 @@ class Launches:
   split: bool  # whether dK and dV have a kernel each, for want of registers; not where heads are wide, which two warpgroups share
   pieces: int  # bfloat16 numbers for each float32
   overlapped: bool = True  # whether products run beside other work, with operands in registers: what no interpreter does
+  fused: Launch | None = None  # one kernel in place of dq and dkv, for heads of 64 or 128 that are no float32
+  ordered: bool = True  # whether two runs of that kernel give the same bits
 
 
 def precision() -> str | None:

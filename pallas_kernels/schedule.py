@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -107,3 +108,23 @@ def row_visits(kinds: Any) -> RowVisits:
   tiles = xp.argsort(rank.reshape(*lead, rows * columns), axis=-1, stable=True)[..., :length] % columns
   order = xp.argsort(-counts, axis=-1, stable=True)
   return RowVisits(tiles.astype(np.int32), starts, xp.sum(kinds == PARTIAL, axis=-1, dtype=np.int32), order.astype(np.int32))
+
+
+def turns(visits: RowVisits) -> Any:
+  """For each visit, how many rows that come before its own in `order` visit the same tile: `[B|1, K|1, length]`."""
+  static = isinstance(visits.tiles, np.ndarray)
+  xp: Any = np if static else jnp
+
+  def of_list(tiles, starts, order):
+    number = xp.arange(tiles.shape[0])
+    row = xp.searchsorted(starts[1:], number, side="right")
+    tiles = xp.where(row < order.shape[0], tiles, np.iinfo(np.int32).max)  # what is left over comes last
+    by_tile = xp.lexsort((xp.argsort(order)[xp.minimum(row, order.shape[0] - 1)], tiles))
+    found = tiles[by_tile]
+    return (number - xp.searchsorted(found, found))[xp.argsort(by_tile)].astype(np.int32)
+
+  arrays = visits.tiles, visits.starts, visits.order
+  if not static:
+    return jax.vmap(jax.vmap(of_list))(*arrays)
+  lead = visits.tiles.shape[:2]
+  return np.stack([of_list(*(x[place] for x in arrays)) for place in np.ndindex(lead)]).reshape(visits.tiles.shape)

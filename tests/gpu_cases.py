@@ -77,7 +77,8 @@ MASKS = [
     walk("mask_with_empty_rows_and_heads", BOTH), walk("mask_that_keeps_nothing"),
     walk("custom", BOTH), walk("custom_mask_with_operands", SQUARE), walk("custom_mask_with_a_tile_rule"), walk("composed"),
     walk("block_sparse"), walk("block_sparse_per_batch_and_head", BATCH, traced=True),
-    walk("block_sparse_of_whole_tiles", T=200, S=190), walk("block_sparse_of_whole_tiles", tiles=(128, 64), T=200, S=190, traced=True)]
+    walk("block_sparse_of_whole_tiles", T=200, S=190), walk("block_sparse_of_whole_tiles", tiles=(128, 64), T=200, S=190, traced=True),
+    walk("block_sparse_of_whole_tiles", SQUARE, tiles=None, T=256, S=192, H=128, E=128)]  # whole in the forward pass alone
 SCORES = [
     *(walk(f"bias_{axes}", sizes) for axes, sizes in (
         ("BNTS", BATCH), ("11TS", GROUPS), ("1NTS", GROUPS), ("B11S", BATCH), ("1NT1", GROUPS), ("1N11", GROUPS), ("1111", GROUPS))),

@@ -224,9 +224,9 @@ def test_runs_that_differ_are_told_and_so_is_one_that_hung():
   check = _check()
   given, _, _ = check.given(0)
   answer = (given.moving["query"], np.ones(3, np.float32)), dict(given.moving)
-  assert not check.judge([answer, answer], answer).failed
+  assert not check.judge([answer, answer], answer, 0).failed
   other = answer[0], answer[1] | {"key": np.nextafter(answer[1]["key"].astype(np.float32), np.float32(9)).astype(np.float32)}
-  row = check.judge([answer, other], answer)
+  row = check.judge([answer, other], answer, 0)
   assert row.failed and row.note == "dkey differs between runs"
   row, = check.prepare(lambda label: None, [check.name])()
   assert row.failed and "hung" in row.note

@@ -132,3 +132,26 @@ def test_too_many_tiles():
     schedule.visits(schedule.kinds(some, some))
   with pytest.raises(NotImplementedError):
     schedule.visits(schedule.kinds(jnp.asarray(some), jnp.asarray(some)))
+
+
+# Turns ------------------------------------------------------------------------------------------------------------------------
+
+_traced_turns = jax.jit(lambda kinds: (lambda visits: (visits, schedule.turns(visits)))(schedule.row_visits(kinds)))
+
+
+@QUICK
+@given(tables())
+def test_turns_count_who_comes_before(table):
+  """Rows taken up in `order`, each adding to the tiles that it visits: when it comes, as many have added as its turn says."""
+  kinds = schedule.kinds(*table)
+  static = schedule.row_visits(kinds)
+  for visits, turns in ((static, schedule.turns(static)), _traced_turns(kinds)):
+    visits, turns = jax.tree.map(np.asarray, (visits, turns))
+    assert turns.shape == visits.tiles.shape and turns.dtype == np.int32
+    for at in np.ndindex(*visits.tiles.shape[:2]):
+      added = np.zeros(kinds.shape[3], int)
+      for row in visits.order[at]:
+        own = slice(visits.starts[at][row], visits.starts[at][row + 1])
+        np.testing.assert_array_equal(turns[at][own], added[visits.tiles[at][own]])
+        added[visits.tiles[at][own]] += 1
+      np.testing.assert_array_equal(added, (kinds[at if kinds.shape[:2] == visits.tiles.shape[:2] else (0, 0)] != 0).sum(0))
