@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jflash
-from jflash import _reference
+from jflash import _reference, _tiles_gpu
 
 from . import gpu_shapes, report
 from .gpu_contest import Begin, Measure, Rows, check_device
@@ -146,7 +146,11 @@ def dropout(given: Given) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """A problem of random numbers: B, T, S, N, K, H, E, dtype, what is added to it, `jax.default_matmul_precision`."""
+  """A problem of random numbers: B, T, S, N, K, H, E, dtype, what is added to it, `jax.default_matmul_precision`.
+
+  Attributes:
+    context: in which it is traced.
+  """
 
   setup: Setup
   name: str
@@ -154,6 +158,7 @@ class Check:
   terms: tuple[Term, ...] = ()
   dtype: str = "bfloat16"
   precision: str | None = None
+  context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
   def given(self, seed: int) -> tuple[Given, Any, Any]:
     """The problem, and cotangents of out and of lse."""
@@ -203,7 +208,7 @@ class Check:
 
   def _compile(self, function: Callable, *arguments: Any) -> Callable:
     def precisely(*arguments):
-      with jax.default_matmul_precision(self.precision) if self.precision else contextlib.nullcontext():
+      with self.context(), jax.default_matmul_precision(self.precision) if self.precision else contextlib.nullcontext():
         return function(*arguments)
 
     return precisely if self.setup.interpret else jax.jit(precisely).lower(*arguments).compile()
@@ -301,6 +306,11 @@ def checks(setup: Setup) -> Cases:
   add("soft cap, d 256", (2, 300, 300, 4, 2, 256, 256), causal, cap)
   add("table of scores", (2, 300, 300, 4, 2, 64, 64), table)
   add("dropout", (2, 400, 150, 4, 2, 64, 64), causal, dropout)
+  in_one = {"context": _tiles_gpu.backward_in_one_kernel}
+  add("backward in one kernel, causal, d 64", (2, 777, 777, 4, 2, 64, 64), causal, **in_one)
+  add("backward in one kernel, d 128", (2, 1000, 1300, 4, 2, 128, 128), **in_one)
+  add("backward in one kernel, NaN hidden, d 128", (4, 300, 400, 4, 2, 128, 128), lengths, **in_one)
+  add("backward in one kernel, many keys, d 64", (1, 1000, 20_000, 8, 8, 64, 64), causal, **in_one)
   add("long, causal, d 64", (1, 4096, 4096, 8, 8, 64, 64), causal)
   add("long, causal, d 128", (1, 4096, 4096, 8, 8, 128, 128), causal)
   add("long, d 256", (1, 4096, 4096, 4, 4, 256, 256))

@@ -8,6 +8,7 @@ compiles all of `grid()` and writes what it came to, `benchmarks/gpu_variants.js
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -31,6 +32,8 @@ from .gpu_results import Result, of
 from .gpu_speed import Cases, Setup, launches_of
 
 PATH = pathlib.Path(__file__).with_suffix(".json")
+MASKS = "causal", "full"
+TWO = "two kernels"
 KERNELS = {"forward": INPUTS, "dq": ("query",), "dkv": ("key", "value")}  # and the arguments whose gradient it alone computes
 SMALL = _tiles_gpu.Launches(Launch((128, 64)), Launch((64, 64), 1), Launch((64, 64), 1), True, 1)
 LENGTH = 4096
@@ -143,10 +146,13 @@ def candidates(kernel: str, width: int, found: Mapping[str, Any]) -> list[Varian
 
 
 def variants(setup: Setup) -> Cases:
-  """For each width, mask and kernel, what is in the table now and the candidates."""
+  """For each width, mask and kernel, what is in the table now and the candidates; and the backward pass in one kernel."""
   found = json.loads(PATH.read_text())
-  return {f"d {width}, {mask}, {kernel}": functools.partial(_contest, setup, found, width, mask, kernel)
-          for kernel in KERNELS for width in setup.widths for mask in ("causal", "full")}
+  several = {f"d {width}, {mask}, {kernel}": functools.partial(_contest, setup, found, width, mask, kernel)
+             for kernel in KERNELS for width in setup.widths for mask in MASKS}
+  fused = {f"d {width}, {mask}, backward in one kernel": functools.partial(_fusion, setup, width, mask)
+           for width in setup.widths if (width, False) in _tiles_gpu.FUSED for mask in MASKS}
+  return fused | several
 
 
 def _contest(setup: Setup, found: Mapping[str, Any], width: int, mask: str, kernel: str) -> Contest:
@@ -167,6 +173,28 @@ def _contest(setup: Setup, found: Mapping[str, Any], width: int, mask: str, kern
             "variant": dataclasses.asdict(by_label[entrant.name])}
 
   return Contest("variants", {"d": str(width), "mask": mask, "kernel": kernel}, shape.arguments, entrants, setup.effort,
+                 ratios=ratios)
+
+
+def _fusion(setup: Setup, width: int, mask: str) -> Contest:
+  """All gradients by the kernels of the table, and by one kernel: its additions in order, or as they come."""
+  length = min(LENGTH, max(setup.lengths))
+  shape = setup.shape(width, length)
+  given = gpu_shapes.masking(mask, shape.batch, length)
+  ways = {TWO: contextlib.nullcontext, **{name: functools.partial(_tiles_gpu.backward_in_one_kernel, ordered)
+                                          for name, ordered in (("one kernel", True), ("one kernel, as they come", False))}}
+
+  def attend(way, **arrays):
+    with way():
+      return jflash.attention(**arrays, is_causal=mask == "causal", implementation="mosaic_gpu")
+
+  make = lambda way: functools.partial(Program, functools.partial(attend, way), shape.arguments, "backward")
+  entrants = [Entrant(name, "backward", make(way), {"flops": shape.flops(given.pairs, "backward")}) for name, way in ways.items()]
+
+  def ratios(entrant, times):
+    return {"of best": min(t.median for t in times.values()) / times[entrant.name].median, "now": entrant.name == TWO}
+
+  return Contest("variants", {"d": str(width), "mask": mask, "kernel": "backward"}, shape.arguments, entrants, setup.effort,
                  ratios=ratios)
 
 
@@ -205,7 +233,19 @@ def literal(results: Sequence[Result], widths: Sequence[int], title: str) -> str
         lines.append(f"{start}Launches({written}, {dkv.split}, 1),  # times as fast as now: {gains}")
       elif len(masks) == 2:
         lines.append(f"    # ({width}, 1, False): not measured: {', '.join(kernel for kernel, x in chosen.items() if x is None)}")
+    lines += _fusion_notes(results, width)
   return "\n".join([*lines, "}"])
+
+
+def _fusion_notes(results: Sequence[Result], width: int) -> list[str]:
+  """Comments: how many times faster the backward pass in one kernel is."""
+  rows = [row for row in of(results, "variants") if row.times and (row.case["d"], row.case["kernel"]) == (str(width), "backward")]
+  times = {(row.name, row.case["mask"]): row.times for row in rows}
+  gains: dict[str, list[str]] = {}
+  for (name, mask), own in times.items():
+    if name != TWO and own and (two := times.get((TWO, mask))):
+      gains.setdefault(name, []).append(f"{mask} {own.speedup(two):.2f}")
+  return [f"    # backward in {name}: times as fast as now: {', '.join(found)}" for name, found in gains.items()]
 
 
 def _written(launch: Launch) -> str:

@@ -50,11 +50,12 @@ def supports(problem: Problem) -> str | None:
 
 def _operations(logits: Logits) -> set[str]:
   """The primitives that the scores of a tile and their derivatives are made of."""
-  shape = 8, 8
+  shape, whole = (8, 8), _whole(logits)
   stand_in = lambda x: jax.ShapeDtypeStruct(
-      x.shape if x.ndim > 4 else shape, jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
+      x.shape if x.ndim > 4 else () if id(x) in whole else shape,
+      jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
   leaves, structure = jax.tree.flatten(logits)
-  floats = [x.ndim <= 4 and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+  floats = [x.ndim <= 4 and id(x) not in whole and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
 
   def scores(qk, moving):
     moving = iter(moving)
@@ -70,6 +71,11 @@ def _operations(logits: Logits) -> set[str]:
 
   given = [jax.ShapeDtypeStruct(shape, jnp.float32), [stand_in(x) for f, x in zip(floats, leaves) if f]]
   return _named(jax.make_jaxpr(both_ways)(*given).jaxpr)
+
+
+def _whole(logits: Logits) -> set[int]:
+  """The identities of numbers that functions use as they are: kernels read them, and plain JAX has their gradients."""
+  return {id(program.arrays[n]) for program in programs(logits) for _, n in program.whole}
 
 
 def _named(jaxpr: Any) -> set[str]:
@@ -179,8 +185,8 @@ def _cotangent(problem: Problem, visits: _plan.LaunchSchedule, out: Any, lse: An
   dout, delta = softmax.row_cotangents(out, lse, dout, dlse)
   longest = max(of.tiles[0] for of in (launches.dq, launches.dkv, launches.fused) if of)
   fill = lambda x, value: jnp.pad(x.transpose(0, 2, 1), ((0, 0), (0, 0), (0, -problem.queries % longest)), constant_values=value)
-  q, k, v, dout = (_lay_out(x, plan, of_dq.dtype) for x in (problem.q, problem.k, problem.v, dout))
-  residuals = hopper.Residuals(q, k, v, dout, fill(lse / unit, softmax.INF), fill(delta, 0.0))
+  q, k, v, laid_out = (_lay_out(x, plan, of_dq.dtype) for x in (problem.q, problem.k, problem.v, dout))
+  residuals = hopper.Residuals(q, k, v, laid_out, fill(lse / unit, softmax.INF), fill(delta, 0.0))
   by_query, by_key, by_both, others = _by_axes(problem, wanted)
 
   def in_two():
@@ -194,7 +200,7 @@ def _cotangent(problem: Problem, visits: _plan.LaunchSchedule, out: Any, lse: An
       (dk, dv), key_sums = hopper.dkv(of_dkv, residuals, logits, visits.dkv, tuple(by_key))
     return dq, dk, dv, query_sums, [x[:, :, :problem.keys] for x in key_sums]
 
-  if launches.fused and not by_query:
+  if launches.fused and visits.fused is not None and not by_query:
     call = _call(problem, plan, launches.fused, unit)
     dq, dk, dv, key_sums = hopper.fused(call, residuals, logits, visits.fused, tuple(by_key), launches.ordered)
     found = dq, dk, dv, [], [x[:, :, :problem.keys] for x in key_sums]
@@ -222,8 +228,7 @@ def _shared(problem: Problem) -> bool:
 
 def _by_axes(problem: Problem, wanted: tuple[bool, ...]) -> tuple[list[int], list[int], list[int], list[int]]:
   """The wanted leaves by what their gradients are sums over: keys (or all), queries, neither; and tables, for plain JAX."""
-  program = problem.logits.score_mod
-  whole = {id(program.arrays[n]) for _, n in program.whole} if program is not None else set()
+  whole = _whole(problem.logits)
   by_query, by_key, by_both, others = [], [], [], []
   for n, (w, x) in enumerate(zip(wanted, jax.tree.leaves(problem.logits))):
     if w:

@@ -109,7 +109,7 @@ def interpreting() -> Any:
 
 def context() -> Any:
   """What a plan depends on besides the problem: a static argument for compiled functions that make plans inside."""
-  return _interpreting.get(), _forced_tiles.get(), _forced_launches.get(), platform()
+  return _interpreting.get(), _forced_tiles.get(), _forced_launches.get(), _tiles_gpu.context(), platform()
 
 
 def platform() -> str:

@@ -185,7 +185,8 @@ class Program:
     known = {trace.inputs[name]: x for name, x in values.items()}
     for operand, number in self.whole:
       node = trace.operands[operand]
-      known[node] = _as(self.arrays[number].reshape(node.aval.shape), node)
+      x = self.arrays[number]
+      known[node] = _as(x if x.shape == node.aval.shape else x.reshape(node.aval.shape), node)
     for node, way in zip(trace.lookups, self.ways):
       if way is None:
         continue

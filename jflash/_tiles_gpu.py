@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ._problem import Problem
 
 _in_turn: contextvars.ContextVar[bool] = contextvars.ContextVar("jflash_in_turn", default=False)
+_fusing: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_fusing", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Launches:
   split: bool  # whether dK and dV have a kernel each, for want of registers; not where heads are wide, which two warpgroups share
   pieces: int  # bfloat16 numbers for each float32
   overlapped: bool = True  # whether products run beside other work, with operands in registers: what no interpreter does
-  fused: Launch | None = None  # one kernel in place of dq and dkv, for heads of 64 or 128 that are no float32
+  fused: Launch | None = None  # one kernel in place of dq and dkv, see `FUSED`
   ordered: bool = True  # whether two runs of that kernel give the same bits
 
 
@@ -65,12 +66,32 @@ def one_product_at_a_time(on: bool = True):
     _in_turn.reset(token)
 
 
+@contextlib.contextmanager
+def backward_in_one_kernel(ordered: bool = True):
+  """What is traced inside has gradients by `hopper.fused` where there is a tile for it in `FUSED`: to test and to time it.
+
+  Args:
+    ordered: whether two runs give the same bits.
+  """
+  token = _fusing.set({"ordered": ordered})
+  try:
+    yield
+  finally:
+    _fusing.reset(token)
+
+
+def context() -> Any:
+  """What these choices depend on besides the problem."""
+  return _in_turn.get(), _fusing.get() and tuple(_fusing.get().items())
+
+
 def launches(problem: Problem, forced: tuple[int, int] | None) -> Launches:
   """For a problem with heads of up to 256."""
   width = lane_width(max(problem.width, problem.value_width))
   arrays = bool(jax.tree.leaves(problem.logits))
   chosen, fold = _chosen(problem, width, arrays, forced), _fold(problem)
-  chosen = dataclasses.replace(chosen, overlapped=not _in_turn.get())
+  if _fusing.get() and not forced and chosen.pieces == 1:
+    chosen = dataclasses.replace(chosen, fused=FUSED.get((width, problem.logits.dropout is not None)), **_fusing.get())
   if fold == 1:
     return chosen
   forward = dataclasses.replace(chosen.forward, tiles=(64, chosen.forward.tiles[1]), turns=False, fold=fold)
@@ -85,9 +106,9 @@ def _fold(problem: Problem) -> int:
 
 
 def _chosen(problem: Problem, width: int, arrays: bool, forced: tuple[int, int] | None) -> Launches:
-  if forced:
-    small = Launch(forced)
-    return Launches(small, small, small, False, pieces(problem.q.dtype))
+  if forced or _in_turn.get():  # the latter takes room for P and dS
+    small = Launch(forced or (64, 64), 2 if forced else 1)
+    return Launches(small, small, small, False, pieces(problem.q.dtype), overlapped=not _in_turn.get())
   return TABLE[width, pieces(problem.q.dtype), arrays]
 
 
@@ -115,3 +136,6 @@ TABLE: dict[tuple[int, int, bool], Launches] = {
     (64, 3, False): Launches(Launch((128, 64), 2, True), Launch((64, 64)), Launch((64, 64)), True, 3),
     (64, 3, True): Launches(Launch((128, 64), 2, True), Launch((64, 64)), Launch((64, 64)), True, 3),
 }
+# Tiles of the backward pass in one kernel, for operands in one piece: by width, and whether there is dropout, with which ptxas runs
+# the products of width 64 one after the other. Not timed on a device yet, and so not in TABLE.
+FUSED = {(64, False): Launch((128, 128)), (128, False): Launch((64, 128)), (128, True): Launch((64, 128))}

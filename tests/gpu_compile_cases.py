@@ -125,9 +125,13 @@ def others():
   causal = {"is_causal": True}
   found = {f"float32 {width} {precision or 'default'}": gradient(sizes(width), F32, (), causal, precision)
            for width, precision in ((64, None), (128, None), (64, "highest"))}
-  found |= {f"in turn {width} {dtype}": gradient(sizes(width), dtype, (), causal, None, True)
-            for width in WIDTHS for dtype in (BF16, F32)}
-  found["narrow and wide"] = gradient(sizes(7, 300, value_width=100), BF16, (), causal)
+  found |= {f"in turn {width}": gradient(sizes(width), BF16, (), causal, None, True) for width in WIDTHS}
+  found |= {f"in turn {width} float32": gradient(sizes(width), F32, (), causal, None, True) for width in (64, 128)}
+  for dtype in (BF16, F32):
+    found[f"narrow and wide, {dtype}"] = gradient(sizes(7, 300, value_width=100), dtype, (), causal)
+    found[f"wide and narrow, {dtype}"] = gradient(sizes(100, value_width=7), dtype, *FEATURES["bias"])
+  found["narrow and widest"] = gradient(sizes(7, 300, value_width=200), BF16, (), causal)
+  found["widest and narrow"] = gradient(sizes(250, 300, value_width=7), BF16, (), causal)
   found["sizes of one"] = gradient(((1, 1, 1, 1),) * 3)
   found["decoding"] = gradient(((B, 1, 8, 128), (B, 3000, 2, 128), (B, 3000, 2, 128)), BF16, (
       ("key_value_seq_lengths", (B,), I32),))

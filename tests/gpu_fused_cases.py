@@ -8,11 +8,11 @@ import jflash
 from benchmarks import gpu_chips
 from benchmarks.gpu_programs import INPUTS, passes
 from jflash import _plan
-from jflash._tiles_gpu import Launch, Launches
+from jflash._tiles_gpu import FUSED, Launch, Launches
 
 SMALL = Launch((64, 64))
-TILES = {64: (128, 128), 128: (64, 128)}  # by width: query rows and key columns for two warpgroups
 B, T, N, K = 2, 1000, 8, 2
+WIDTHS = 64, 128
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def backward(width, dtype="bfloat16", *, length=T, heads=(N, K), tiles=None, ord
   arrays = dict(zip(INPUTS, (struct(shape, dtype) for shape in shapes))) | {name: struct(*x) for name, *x in more}
 
   def attend(**arrays):
-    with in_one(tiles or TILES[width], ordered=ordered):
+    with in_one(tiles or FUSED[width, "dropout_rate" in options].tiles, ordered=ordered):
       return jflash.attention(**arrays, **options, implementation="mosaic_gpu")
 
   save, pull = passes(attend, wrt)
@@ -42,14 +42,13 @@ def backward(width, dtype="bfloat16", *, length=T, heads=(N, K), tiles=None, ord
 
 
 def _plain():
-  """What is to be fast."""
+  """What is to be fast: full in whole tiles, and causal in others."""
   found = {}
-  for width in TILES:
-    for causal in (False, True):
-      of = {"width": width, "is_causal": causal}
-      found[f"{width} {'causal' if causal else 'full'}"] = of
-      found[f"{width} {'causal' if causal else 'full'}, as they come"] = of | {"ordered": False}
+  for width in WIDTHS:
     causal = {"width": width, "is_causal": True}
+    for name, of in (("full", {"width": width, "length": 1024}), ("causal", causal)):
+      found[f"{width} {name}"] = of
+      found[f"{width} {name}, as they come"] = of | {"ordered": False}
     found[f"{width} of whole tiles, multi-head"] = causal | {"dtype": "float16", "length": 1024, "heads": (K, K)}
     found[f"{width} one warpgroup"] = causal | {"tiles": (64, 64)}
   return found
@@ -61,8 +60,8 @@ def _features():
   positions = ("query_positions", (B, T), "int32"), ("key_value_positions", (B, T), "int32"), ("logits_soft_cap", (), "float32")
   arrays = {"bias": [("bias", (B, N, T, T), "bfloat16")], "segments and alibi": [*ids, ("alibi_slopes", (N,), "float32")],
             "positions and soft cap": positions, "mask array": [("mask", (1, 1, T, T), "bool")]}
-  found = {f"{name}, {width}": {"width": width, "more": more, "is_causal": True} for name, more in arrays.items() for width in TILES}
-  return found | {"dropout, 64": {"width": 64, "more": [("dropout_key", (2,), "uint32")], "dropout_rate": 0.1}}
+  found = {f"{name}, {width}": {"width": width, "more": more, "is_causal": True} for name, more in arrays.items() for width in WIDTHS}
+  return found | {"dropout, 128": {"width": 128, "more": [("dropout_key", (2,), "uint32")], "dropout_rate": 0.1}}
 
 
 PLAIN, FEATURES, SUMS = _plain(), _features(), "bias by query"

@@ -72,6 +72,19 @@ def test_the_choice_is_python_for_the_table():
   assert "# (128, 1, False): not measured: forward, dq, dkv" in text and "# causal alone: " in text
 
 
+def test_how_much_faster_one_kernel_is_than_two():
+  def timed(name, mask, *rounds):
+    return Result(part="variants", case={"d": "128", "mask": mask, "kernel": "backward"}, name=name, times=Times(rounds),
+                  measured={"of best": 1.0})
+
+  rows = [timed("two kernels", "causal", 3.0, 6.0, 3.0), timed("two kernels", "full", 4.0), timed("one kernel", "causal", 2.0, 4.0, 2.0),
+          timed("one kernel", "full", 5.0), timed("one kernel, as they come", "causal", 1.0, 2.0, 1.0)]
+  lines = gpu_variants.literal([*TIMED, *rows], [64, 128], "a device").splitlines()
+  assert lines[-3:] == ["    # backward in one kernel: times as fast as now: causal 1.50, full 0.80",
+                        "    # backward in one kernel, as they come: times as fast as now: causal 3.00", "}"]
+  assert not [line for line in gpu_variants.literal(TIMED, [64, 128], "a device").splitlines() if "backward" in line]
+
+
 def test_a_variant_replaces_its_kernel_and_no_other():
   table = Launches(LARGER, LARGER, LARGER, False, 1)
   assert Variant("dq", 64, SMALLER).launches(table) == dataclasses.replace(table, dq=SMALLER)

@@ -67,7 +67,7 @@ def test_others(others, case):
 @pytest.mark.slow
 def test_one_product_at_a_time_is_another_kernel(others, plain):
   """What the interpreter runs has each product awaited before the next begins, and no operand in registers."""
-  assert others["in turn 64 bfloat16"].kernel("jflash_forward").opcodes != plain["causal 64"].kernel("jflash_forward").opcodes
+  assert others["in turn 64"].kernel("jflash_forward").opcodes != plain["causal 64"].kernel("jflash_forward").opcodes
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from tests import gpu_topology, oracle
 gpu_topology.require_jax()
 from pallas_kernels import hopper, schedule  # noqa: E402
 from tests import gpu_fused_cases  # noqa: E402
-from tests.gpu_cases import BATCH, GROUPS, SQUARE, TALL, walk  # noqa: E402
+from tests.gpu_cases import BATCH, SQUARE, TALL, walk  # noqa: E402
 from tests.gpu_fused_cases import in_one  # noqa: E402
 from tests.gpu_interpret import attention, interpret  # noqa: E402
 from tests.test_gpu_interpret import answer  # noqa: E402
@@ -109,7 +109,8 @@ def test_it_compiles(plain, case):
   assert ("RED" in kernel.opcodes or "REDG" in kernel.opcodes) == ("as they come" not in case), "who counts the additions"
   assert kernel.registers * kernel.threads <= 65536
   if kernel.set_registers:
-    assert sorted(kernel.set_registers) == [24, 240] and 128 * (24 + 2 * 240) <= kernel.registers * kernel.threads
+    assert sorted(kernel.set_registers) == [24, 240]
+    assert kernel.registers * kernel.threads >= 128 * (24 + 2 * 240)
 
 
 @pytest.mark.parametrize("case", gpu_fused_cases.FEATURES)

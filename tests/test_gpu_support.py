@@ -85,3 +85,16 @@ def test_distances():
       run(2, "mosaic_gpu")
     np.testing.assert_allclose(run(16, "mosaic_gpu"), run(16, None), atol=1e-3)
   assert np.isfinite(run(2, None)).all()
+
+
+def test_a_number_as_an_operand():
+  """It is read as it is, and plain JAX has its gradient."""
+  q, k, v = draw()
+
+  def loss(factor, implementation):
+    return jflash.attention(q, k, v, score_mod=lambda score, batch, head, q, k, factor: factor * score + head, score_operands=(factor,),
+                            implementation=implementation).astype(jnp.float32).sum()
+
+  with jflash.interpret():
+    ours = jax.value_and_grad(loss)(jnp.float32(0.5), "mosaic_gpu")
+  np.testing.assert_allclose(ours, jax.value_and_grad(loss)(jnp.float32(0.5), "xla"), rtol=2e-2)

@@ -121,7 +121,8 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
         batch, kv_head, warpgroup, column, _ = place()
         mine = pl.ds(column, height)
         for which, (acc, unit) in enumerate(zip(accs, units)):
-          out_tile = memory.out.at[warpgroup, :, pl.ds(0, acc.shape[1])] if "out" in scratch else memory.k.at[warpgroup, 0]
+          name = left_in[which]
+          out_tile = scratch[name].at[warpgroup] if name.startswith("out") else scratch[name].at[warpgroup, 0]
           out_tile[...] = (acc * unit).astype(out_dtype)
           plgpu.commit_smem()
           plgpu.copy_smem_to_gmem(out_tile, grad_refs[which].at[batch, mine, kv_head])
@@ -178,10 +179,13 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
       "lse": plgpu.SMEM((stages, rows), jnp.float32), "delta": plgpu.SMEM((stages, rows), jnp.float32),
       "k": matrix(warpgroups, call.pieces, height, width),
       "loaded": plgpu.Barrier(num_arrivals=(1 + of[0]) * call.pieces, num_barriers=warpgroups)}
-  if out_dtype != dtype or {*widths} != {width}:
-    scratch["out"] = launch.matrix(out_dtype, warpgroups, height, max(widths))
   if of[0]:
     scratch["v"] = matrix(warpgroups, call.pieces, height, value_width)
+  # Results leave by the tiles of operands of their width and dtype, which nobody reads any more, or by tiles of their own.
+  free = [name for name in ("k", "v") if name in scratch and out_dtype == dtype]
+  of_width = {value_width if name == "v" else width: name for name in free}
+  left_in = [of_width.get(w, f"out_{w}") for w in widths]
+  scratch |= {name: launch.matrix(out_dtype, warpgroups, height, w) for name, w in zip(left_in, widths) if name not in scratch}
   if call.masked:
     scratch |= mend.scratch(warpgroups, 2 * call.pieces + 2, out_dtype)
   if not call.overlapped:

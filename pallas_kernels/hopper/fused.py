@@ -1,9 +1,9 @@
 """The backward pass in one kernel: five products a tile instead of seven, with dQ added up in global memory.
 
-A thread block walks the query tiles of its column of key tiles, as in `columns.dkv`. Its warpgroups leave dS in shared memory, each
-computes its share of what the tile adds to dQ, dS K, and the warpgroup that loads adds the whole to a float32 dQ by TMA. Several thread
-blocks add to a tile of dQ: each when its turn has come, and two runs give the same bits; or as they come, and two runs may differ in
-the last ones.
+A thread block walks the query tiles of its column of key tiles, as in `columns.dkv`. Its warpgroups leave dS in shared memory,
+each computes its share of what the tile adds to dQ, dS K, and the warpgroup that loads adds the whole to a float32 dQ by TMA.
+Several thread blocks add to a tile of dQ: each when its turn has come, and two runs give the same bits; or as they come, and two
+runs may differ in the last ones.
 """
 
 from __future__ import annotations
@@ -125,10 +125,10 @@ def fused(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: s
           queries.wait(tiles.at)
           for block in range(blocks):
             of = functools.partial(weights, n, tiles, block, sums)
-            p, ds, sums = lax.cond(n < walk.partial, lambda: of(True), lambda: of(False)) if call.masked else of(False)
+            p, ds, sums = lax.cond(n < walk.partial, lambda of=of: of(True), lambda of=of: of(False)) if call.masked else of(False)
             tiles.ds(block)[...] = ds
             if block + 1 < blocks:
-              dv, = launch.accumulate(call, [dv], [p], [lambda _: tiles.dout(block)], [tiles.p])
+              dv, = launch.accumulate(call, [dv], [p], [lambda _, block=block: tiles.dout(block)], [tiles.p])
           accs = _accumulate(call, tiles, share, (dk, dv), p)
           queries.release(tiles.at)
           return accs, sums
