@@ -30,11 +30,11 @@ class Walk(NamedTuple):
     return self.case.name + tiles + "-traced" * self.traced
 
 
-GROUPS = Sizes(B=1, T=70, S=130, N=4, K=2)
-BATCH = Sizes(B=2, T=70, S=130, N=3, K=3)
+GROUPS = Sizes(B=1, T=70, S=130, N=2, K=1)
+BATCH = Sizes(B=2, T=70, S=130, N=2, K=2)
 SQUARE = GROUPS._replace(T=130)
 TALL = GROUPS._replace(T=130, S=70)
-BOTH = BATCH._replace(N=6)
+BOTH = BATCH._replace(N=4)
 _KNOWN = {case.name: case for case in CASES}
 
 
@@ -59,7 +59,8 @@ _KNOWN["block_sparse_of_whole_tiles"] = Case("block_sparse_of_whole_tiles", GROU
 _KNOWN["bias_in_bfloat16"] = Case("bias_in_bfloat16", GROUPS, _bias_bfloat16)
 
 SHAPES = [
-    walk("plain", dtype="float16"), walk("plain", H=150, E=70), walk("causal_more_keys", H=200, E=256), walk("multi_head", BATCH), walk("multi_query", K=1),
+    walk("plain", BOTH, "float16"), walk("plain", H=150, E=70), walk("causal_more_keys", H=200, E=256), walk("multi_head", BATCH),
+    walk("multi_query", N=4),
     walk("width_96", H=96, E=49), walk("width_7", H=7, E=11), walk("one_query", T=1), walk("one_key", S=1),
     walk("one_of_everything", Sizes(1, 1, 1, 1, 1, 1, 1)), walk("huge_logits", SQUARE),
     # A warpgroup for each 64 rows, or in dK and dV columns.
@@ -67,7 +68,7 @@ SHAPES = [
     walk("plain", SQUARE, tiles=(128, 128), T=200, S=190), walk("causal_square", SQUARE, tiles=None, T=150, S=150),
     walk("soft_cap_with_a_gradient", SQUARE, tiles=None)]
 MASKS = [
-    walk("causal_square", SQUARE), walk("causal_more_queries", TALL), walk("window_one_number"),
+    walk("causal_square", BOTH, T=130), walk("causal_more_queries", TALL), walk("window_one_number"),
     walk("window_pair_with_rows_that_see_nothing", TALL), walk("window_of_arrays", traced=True),
     walk("query_lengths", BATCH), walk("key_lengths", BATCH, traced=True), walk("both_lengths_and_causal", BATCH),
     walk("segments_packed", BATCH, T=130, traced=True), walk("segments_with_empty_rows", BATCH),
@@ -90,5 +91,5 @@ SCORES = [
     walk("sinks_and_causal"), walk("sinks_where_some_rows_see_nothing", BATCH),
     walk("dropout", BATCH), walk("dropout_by_positions_with_everything", BATCH)]
 EXACT = [walk(name, sizes, "float32", precision="highest") for name, sizes in (
-    ("causal_square", SQUARE), ("bias_1NTS", GROUPS._replace(N=2)))]
+    ("causal_square", SQUARE), ("bias_1NTS", GROUPS))]
 ALL = SHAPES + MASKS + SCORES + EXACT
