@@ -75,7 +75,7 @@ MASKS = [
     walk("positions_permuted", BATCH, traced=True), walk("positions_of_a_decoding_step", B=2, T=3),
     walk("prefix_number"), walk("prefix_per_batch", BATCH, traced=True),
     walk("mask_11TS"), walk("mask_B11S", BATCH), walk("mask_1NT1"), walk("mask_BNTS", BATCH, traced=True),
-    walk("mask_with_empty_rows_and_heads", BOTH), walk("mask_that_keeps_nothing"),
+    walk("mask_with_empty_rows_and_heads", BOTH, N=6), walk("mask_that_keeps_nothing"),
     walk("custom", BOTH), walk("custom_mask_with_operands", SQUARE), walk("custom_mask_with_a_tile_rule"), walk("composed"),
     walk("block_sparse"), walk("block_sparse_per_batch_and_head", BATCH, traced=True),
     walk("block_sparse_of_whole_tiles", T=200, S=190), walk("block_sparse_of_whole_tiles", tiles=(128, 64), T=200, S=190, traced=True),
@@ -83,7 +83,7 @@ MASKS = [
 SCORES = [
     *(walk(f"bias_{axes}", sizes) for axes, sizes in (
         ("BNTS", BATCH), ("11TS", GROUPS), ("1NTS", GROUPS), ("B11S", BATCH), ("1NT1", GROUPS), ("1N11", GROUPS), ("1111", GROUPS))),
-    walk("bias_in_bfloat16"), walk("bias_11TS", tiles=(128, 64), T=150), walk("bias_of_minus_infinity", BATCH),
+    walk("bias_in_bfloat16"), walk("bias_11TS", tiles=(128, 64), T=150), walk("bias_of_minus_infinity", BATCH, N=3, K=3),
     walk("alibi"), walk("scale_number"), walk("scale_with_a_gradient"), walk("soft_cap"), walk("soft_cap_with_a_gradient"),
     walk("everything_at_once", BOTH),
     walk("score_mod_alibi"), walk("score_mod_t5"), walk("score_mod_of_documents", SQUARE), walk("score_mod_by_row_and_column", BATCH),

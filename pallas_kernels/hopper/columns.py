@@ -33,16 +33,17 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
     dK `[B, S, K, H]` and dV `[B, S, K, E]`, as far as asked for; a `[B, N, S filled up]` for each wanted leaf.
   """
   (batch, _, _, width), value_width = residuals.q.shape, residuals.v.shape[3]
-  (rows, columns), stages, dtype = call.tiles, call.stages, call.dtype
+  (rows, columns), stages = call.tiles, call.stages
   warpgroups, tiles = columns // launch.WARPGROUP_ROWS, -(-call.keys // columns)
-  out_dtype = jnp.float32 if call.pieces > 1 else dtype
+  out_dtype = jnp.float32 if call.pieces > 1 else call.dtype
   count, height, groups = len(jax.tree.leaves(logits)), launch.WARPGROUP_ROWS, call.groups
   widths, units = zip(*(x for x, asked in zip(((width, call.unit), (value_width, 1.0)), of) if asked))
+  scratch, left_in = _scratch(call, width, value_width, of, out_dtype)
 
-  def kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, **scratch):
+  def kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, **allocated):
     visit_refs, leaf_refs, refs = refs[:4], refs[4:4 + count], refs[4 + count:]
     grad_refs, dleaf_refs = refs[:len(widths)], refs[len(widths):]
-    memory = types.SimpleNamespace(**scratch)
+    memory = types.SimpleNamespace(**allocated)
     batch, kv_head, warpgroup = launch.place()
     number, walk = launch.walk(visits, visit_refs, batch, kv_head)
     queries = launch.Ring(memory.q_tiles, memory.q_full, memory.q_empty, stages)
@@ -122,7 +123,7 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
         mine = pl.ds(column, height)
         for which, (acc, unit) in enumerate(zip(accs, units)):
           name = left_in[which]
-          out_tile = scratch[name].at[warpgroup] if name.startswith("out") else scratch[name].at[warpgroup, 0]
+          out_tile = allocated[name].at[warpgroup] if name.startswith("out") else allocated[name].at[warpgroup, 0]
           out_tile[...] = (acc * unit).astype(out_dtype)
           plgpu.commit_smem()
           plgpu.copy_smem_to_gmem(out_tile, grad_refs[which].at[batch, mine, kv_head])
@@ -174,26 +175,33 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
 
   outs = [*(jax.ShapeDtypeStruct((batch, residuals.k.shape[1], call.kv_heads, w), out_dtype) for w in widths),
           *(jax.ShapeDtypeStruct((batch, call.heads, tiles * columns), jnp.float32) for _ in wanted)]
-  matrix = functools.partial(launch.matrix, dtype)
+  grid = {"head": call.kv_heads, "tile": tiles, "batch": batch}
+  ins = [*residuals, *launch.flat(visits), *call.stored(logits, (rows, columns), transposed=True)]
+  results = call.launch(kernel, "jflash_dkv", grid, warpgroups, ins, outs, scratch)
+  return results[:len(widths)], results[len(widths):]
+
+
+def _scratch(call: launch.Call, width: int, value_width: int, of: tuple[bool, bool],
+             out_dtype: Any) -> tuple[dict[str, Any], list[str]]:
+  """Shared memory by name, and the tiles by which the results that are asked for leave it."""
+  (rows, columns), height = call.tiles, launch.WARPGROUP_ROWS
+  warpgroups, matrix = columns // height, functools.partial(launch.matrix, call.dtype)
   scratch = launch.rings(call, warpgroups, 2, q=(rows, width)) | launch.rings(call, warpgroups, dout=(rows, value_width)) | {
-      "lse": plgpu.SMEM((stages, rows), jnp.float32), "delta": plgpu.SMEM((stages, rows), jnp.float32),
+      "lse": plgpu.SMEM((call.stages, rows), jnp.float32), "delta": plgpu.SMEM((call.stages, rows), jnp.float32),
       "k": matrix(warpgroups, call.pieces, height, width),
       "loaded": plgpu.Barrier(num_arrivals=(1 + of[0]) * call.pieces, num_barriers=warpgroups)}
   if of[0]:
     scratch["v"] = matrix(warpgroups, call.pieces, height, value_width)
   # Results leave by the tiles of operands of their width and dtype, which nobody reads any more, or by tiles of their own.
-  free = [name for name in ("k", "v") if name in scratch and out_dtype == dtype]
-  of_width = {value_width if name == "v" else width: name for name in free}
-  left_in = [of_width.get(w, f"out_{w}") for w in widths]
+  kept = {value_width if name == "v" else width: name for name in ("k", "v") if name in scratch and out_dtype == call.dtype}
+  widths = [w for w, asked in zip((width, value_width), of) if asked]
+  left_in = [kept.get(w, f"out_{w}") for w in widths]
   scratch |= {name: launch.matrix(out_dtype, warpgroups, height, w) for name, w in zip(left_in, widths) if name not in scratch}
   if call.masked:
     scratch |= mend.scratch(warpgroups, 2 * call.pieces + 2, out_dtype)
   if not call.overlapped:
     scratch |= {"p": matrix(warpgroups, call.pieces, height, rows), "ds": matrix(warpgroups, call.pieces, height, rows)}
-  grid = {"head": call.kv_heads, "tile": tiles, "batch": batch}
-  ins = [*residuals, *launch.flat(visits), *call.stored(logits, (rows, columns), transposed=True)]
-  results = call.launch(kernel, "jflash_dkv", grid, warpgroups, ins, outs, scratch)
-  return results[:len(widths)], results[len(widths):]
+  return scratch, left_in
 
 
 def _adding(result, before):
