@@ -301,8 +301,9 @@ def checks(setup: Setup) -> Cases:
   add("float32, d 256", (2, 333, 500, 4, 2, 256, 256), dtype="float32")
   add("float32, bias, mask array", (2, 300, 333, 4, 2, 64, 64), bias(0), array, dtype="float32")
   add("float16, d 128, causal", (2, 500, 500, 4, 2, 128, 128), causal, dtype="float16")
-  add("ALiBi", (2, 300, 300, 4, 2, 64, 64), causal, slopes)
-  add("sinks", (2, 300, 300, 4, 2, 64, 64), causal, sinks)
+  # A gradient of 4 numbers, sums that cancel, is at times so small that the error of its terms looks large beside it.
+  add("ALiBi", (2, 300, 300, 16, 2, 64, 64), causal, slopes)
+  add("sinks", (2, 300, 300, 16, 2, 64, 64), causal, sinks)
   add("soft cap, d 256", (2, 300, 300, 4, 2, 256, 256), causal, cap)
   add("table of scores", (2, 300, 300, 4, 2, 64, 64), table)
   add("dropout", (2, 400, 150, 4, 2, 64, 64), causal, dropout)

@@ -62,6 +62,9 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
                      (delta_ref.at[batch, head, pl.ds(row, rows)], memory.delta))
         douts.load(n, [dout_ref.at[at(p)] for p in pieces])
 
+      queries.drain(walk.count * groups)
+      douts.drain(walk.count * groups)
+
     @pl.when(warpgroup < warpgroups)
     def _():
       launch.share_registers(warpgroups, loads=False)

@@ -91,6 +91,7 @@ def fused(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: s
 
       first = jnp.int32(0), jnp.int32(0)
       lax.fori_loop(0, total + stages, both, (first, first))
+      queries.drain(total)
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup < warpgroups)

@@ -174,6 +174,11 @@ class Ring(NamedTuple):
   def release(self, n: Any) -> None:
     plgpu.barrier_arrive(self.empty.at[self.slot(n)])
 
+  def drain(self, count: Any) -> None:
+    """Waits for the last releases of `count` tiles, which `load` has not waited for: a barrier wants to be seen to its end."""
+    for slot in range(self.stages):
+      pl.when(count > slot)(functools.partial(plgpu.barrier_wait, self.empty.at[slot]))
+
 
 def pieces(x: Any, count: int, dtype: Any) -> list[Any]:
   """`x` as a sum of `count` numbers in a narrow dtype: rounded, and then what rounding took away, rounded."""
@@ -234,6 +239,9 @@ def load_keys(call: Call, walk: Walk, batch: Any, kv_head: Any, *pairs: tuple[Ri
     for ring, ref in pairs:
       ring.load(n, [ref.at[batch, pl.ds(walk.tile(n) * columns, columns), piece * call.kv_heads + kv_head]
                     for piece in range(call.pieces)])
+
+  for ring, _ in pairs:
+    ring.drain(walk.count)
 
 
 def visit_all(call: Call, walk: Walk, step: Callable, carry: Any) -> Any:

@@ -41,7 +41,10 @@ def tile_gradient(call: launch.Call, residuals: launch.Residuals, logits: Any, w
     queries, keys, values, douts = (ring(name) for name in ("q", "k", "v", "dout"))
 
     def visits(use, end, start):
-      """`end(j, kept)` for each key tile j, `kept = use(n, batch, head, j, kept)` from `start` on; n counts what is not empty."""
+      """`end(j, kept)` for each key tile j, `kept = use(n, batch, head, j, kept)` from `start` on; n counts what is not empty.
+
+      Returns n at the end.
+      """
       def visit(m, carry):
         n, j, kept = carry
         b = own_batch if own[0] > 1 else lax.div(m, jnp.int32(heads))
@@ -57,7 +60,7 @@ def tile_gradient(call: launch.Call, residuals: launch.Residuals, logits: Any, w
         end(j, kept)
         return n
 
-      lax.fori_loop(0, key_tiles, column, jnp.int32(0))
+      return lax.fori_loop(0, key_tiles, column, jnp.int32(0))
 
     @pl.when(warpgroup == warpgroups)
     def _():
@@ -71,7 +74,9 @@ def tile_gradient(call: launch.Call, residuals: launch.Residuals, logits: Any, w
           x.load(n, [ref.at[place] for place in places])
         return carry
 
-      visits(load, lambda j, kept: None, jnp.int32(0))
+      loaded = visits(load, lambda j, kept: None, jnp.int32(0))
+      for x in (queries, keys, douts, values):
+        x.drain(loaded)
 
     @pl.when(warpgroup < warpgroups)
     def _():

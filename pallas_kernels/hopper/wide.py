@@ -73,6 +73,9 @@ def dkv(call: launch.Call, residuals: launch.Residuals, logits: Any, visits: sch
                      (delta_ref.at[here.batch, head, at], memory.delta))
         douts.load(n, [dout_ref.at[here.batch, at, head]])
 
+      queries.drain(here.walk.count * groups)
+      douts.drain(here.walk.count * groups)
+
     @pl.when(here.warpgroup < _SHARERS)
     def _():
       launch.share_registers(_SHARERS, loads=False)
