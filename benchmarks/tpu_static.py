@@ -28,6 +28,7 @@ WIDTHS = 64, 128, 256
 LENGTH, HEADS = 4096, 2
 UNIT = 512 * 512  # scores, for which bundles are counted
 BLOCKS = 512, 1024  # of splash attention, rows and columns
+UNITS = "MATMUL", "VALU", "XLU", "EUP", "VSTORE:SPILL"
 OURS = {"jflash_forward": "forward", "jflash_dq": "dQ", "jflash_dkv": "dK, dV"}
 SPLASH = {"splash_mha_fwd_residuals": "forward", "splash_mha_dq_no_residuals": "dQ", "splash_mha_dkv_no_residuals": "dK, dV"}
 LEGEND = f"""\
@@ -90,7 +91,7 @@ def figures(schedule: Schedule, tile: int) -> Figures:
   """
   steps = [UNIT / tile * step.bundles for step in schedule.steps]
   once = schedule.bundles - sum(step.bundles + step.rare for step in schedule.steps)
-  shares = {unit: schedule.share(unit) for unit in ("MATMUL", "VALU", "XLU", "EUP", "VSTORE:SPILL")}
+  shares = {unit: schedule.share(unit) for unit in UNITS if unit in schedule.capacity}
   return Figures(steps[-1], steps[0] if len(steps) > 1 else None, UNIT / tile * once, shares)
 
 
@@ -122,12 +123,19 @@ def _best(found: Mapping[tuple[str, str, str], Figures], width: str, kernel: str
   return min(f.full for (who, *case), f in found.items() if who != "jflash" and case == [width, kernel])
 
 
-def record(found: Mapping[str, Mapping[tuple[str, str, str], Figures]]) -> dict[str, Any]:
-  """chip -> "width kernel" -> [bundles of a full tile, of a partial tile], with the versions that they are of."""
-  of_chip = lambda table: {f"{width} {kernel}": [round(f.full), round(f.partial)] for (who, width, kernel), f in table.items()
-                           if who == "jflash" and f.partial is not None}
-  return {"jax": jax.__version__, "libtpu": tpu_schedule.libtpu_version(),
-          "bundles": {chip: of_chip(table) for chip, table in found.items()}}
+def versions() -> str:
+  """What bundles depend on besides the kernels."""
+  return f"JAX {jax.__version__}, libtpu {tpu_schedule.libtpu_version()}"
+
+
+def recorded() -> dict[str, dict[str, dict[str, list[int]]]]:
+  """versions -> chip -> "width kernel" -> bundles of a full and of a partial tile."""
+  return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def to_record(found: Mapping[tuple[str, str, str], Figures]) -> dict[str, list[int]]:
+  return {f"{width} {kernel}": [round(f.full), round(f.partial)]
+          for (who, width, kernel), f in found.items() if who == "jflash" and f.partial is not None}
 
 
 def plot(path: pathlib.Path, found: Mapping[str, Mapping[tuple[str, str, str], Figures]]) -> None:
@@ -156,11 +164,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
   args = parser.parse_args(argv)
   found = {chip: measure(chip) for chip in args.chips}
-  header = {"Software": f"JAX {jax.__version__}, libtpu {tpu_schedule.libtpu_version()}"} | options.command("tpu_static", argv)
+  header = {"Software": versions()} | options.command("tpu_static", argv)
   table = report.Table("", [row for chip, own in found.items() for row in rows(chip, own)], LEGEND)
   options.write(args.out, report.document("Bundles of TPU kernels", header, [table]), lambda path: plot(path, found))
   if args.record:
-    RECORD.write_text(json.dumps(record(found), indent=1) + "\n")
+    tables = recorded() | {versions(): {chip: to_record(own) for chip, own in found.items()}}
+    RECORD.write_text(json.dumps(tables, indent=1) + "\n")
   return 0
 
 
