@@ -124,8 +124,10 @@ def _work(job: dict[str, Any]) -> None:
 
 
 def _is_kernel(path: pathlib.Path) -> bool:
-  """Whether these are the bundles of a Pallas kernel rather than of something that XLA made."""
-  return bool(_FILE.fullmatch(path.name)) and "tpu_custom_call" in _beside(path, "schedule-analysis_final_bundles").read_text()
+  """Whether these are the bundles of a Pallas kernel, and not of what XLA made, of which TLP is the program around all."""
+  match = _FILE.fullmatch(path.name)
+  of_a_call = lambda: "tpu_custom_call" in _beside(path, "schedule-analysis_final_bundles").read_text()
+  return match is not None and match["name"] != "TLP" and of_a_call()
 
 
 def _beside(bundles: pathlib.Path, kind: str) -> pathlib.Path:
