@@ -7,10 +7,13 @@ fourth belong to the whole problem and stay in one piece. Arrays that run along 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+
+from . import softmax
 
 LANES = 128
 
@@ -80,12 +83,34 @@ def untile(x: Any, like: Any) -> Any:
   return row(x) if queries and not keys else x
 
 
+def lanes(row: Any) -> Any:
+  """`[1, n]` as `[n, 128]`, the same number in all lanes, through a transpose of whole registers."""
+  return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
 def column(row: Any) -> Any:
-  """`[1, n]` as `[n, 1]`, through a transpose of whole registers."""
-  return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+  """`[1, n]` as `[n, 1]`."""
+  return lanes(row)[:, :1]
 
 
 def row(column: Any) -> Any:
-  """`[n, 1]` as `[1, n]`."""
+  """`[n, 1]`, or `[n, 128]` with the same number in all lanes, as `[1, n]`."""
   return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
+
+
+def spread(x: Any, width: int) -> Any:
+  """`[n, 128]` with the same number in all lanes, as what broadcasts against `[n, width]`; no lane moves where 128 divides that."""
+  return x[:, :1] if width % LANES else jnp.concatenate([x] * (width // LANES), axis=1)
+
+
+def _highest(s: Any) -> Any:
+  return jnp.broadcast_to(jnp.max(s, axis=1, keepdims=True), (s.shape[0], LANES))
+
+
+def _partial_sums(s: Any) -> Any:
+  return functools.reduce(lambda a, b: a + b, [s[:, n:n + LANES] for n in range(0, s.shape[1], LANES)])
+
+
+# Statistics `[rows, 128]`: a maximum in all lanes, a sum in 128 parts, so that tiles meet them register by register.
+ROWS = softmax.Rows(_highest, _partial_sums, spread, lambda total: jnp.sum(total, axis=1, keepdims=True))
 

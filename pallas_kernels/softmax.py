@@ -24,6 +24,7 @@ class Rows(NamedTuple):
   max: Callable[[Any], Any]
   sum: Callable[[Any], Any]
   spread: Callable[[Any, int], Any]  # a statistic, as what broadcasts against `[..., rows, width]`
+  whole: Callable[[Any], Any] = lambda total: total  # a sum that `sum` may have left in parts, which add up elementwise
 
 
 # Kept with a last axis of size one.
@@ -65,16 +66,16 @@ def advance(m: Any, total: Any, s: Any, rows: Rows = COLUMNS, weight: Weight = n
   return highest, shrink * total + rows.sum(p), shrink, p
 
 
-def accumulate(state: State, s: Any, weigh: Callable[[Any], Any]) -> State:
+def accumulate(state: State, s: Any, weigh: Callable[[Any], Any], rows: Rows = COLUMNS) -> State:
   """Adds a tile of scores; `weigh(p)` is p V for that tile's values."""
-  m, total, shrink, p = advance(state.m, state.total, s)
-  return State(m, total, shrink * state.acc + weigh(p))
+  m, total, shrink, p = advance(state.m, state.total, s, rows)
+  return State(m, total, rows.spread(shrink, state.acc.shape[-1]) * state.acc + weigh(p))
 
 
 def finish(state: State, rows: Rows = COLUMNS, unit: float = 1.0) -> tuple[Any, Any]:
   """out = acc / total and lse = unit · m + log total; 0 and -inf for rows that saw nothing."""
   empty = state.m == -INF
-  total = jnp.where(empty, 1.0, state.total)
+  total = jnp.where(empty, 1.0, rows.whole(state.total))
   return state.acc / rows.spread(total, state.acc.shape[-1]), jnp.where(empty, -INF, state.m * unit + jnp.log(total))
 
 

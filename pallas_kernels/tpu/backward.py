@@ -54,9 +54,10 @@ def _tile_gradients(call: launch.Call, logits: Any, tiles: Any, refs: Any, place
 
   leaf = jnp.zeros(()) if wanted is None else tiles[wanted]
   s, pull = jax.vjp(scores, call.product.scores(call.algebra, q_ref[...], k_ref[...]), leaf)
-  p = softmax.probabilities(s, leaves.column(lse_ref[...]))
+  statistic = lambda ref: leaves.spread(leaves.lanes(ref[...]), s.shape[1])
+  p = softmax.probabilities(s, statistic(lse_ref))
   dp = call.drop(logits, tiles, call.algebra.nt(dout_ref[...], v_ref[...]))
-  ds = softmax.dscores(p, dp, leaves.column(delta_ref[...]))
+  ds = softmax.dscores(p, dp, statistic(delta_ref))
   if masked:  # statistics and operands of rows past the last query hold anything
     p, ds = (jnp.where(s == -jnp.inf, 0.0, x) for x in (p, ds))
   dqk, dleaf = pull(ds)

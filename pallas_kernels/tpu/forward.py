@@ -45,14 +45,14 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
       s = call.scores(logits, tiles, where(b, h, n, codes), qk, masked)
       dot = lambda p, v: call.algebra.nn(p.astype(v.dtype), v)
       weigh = lambda p: softmax.weigh_masked(p, s, v_ref[...], dot) if masked else dot(p, v_ref[...])
-      state = softmax.State(m_ref[:, :1], total_ref[:, :1], acc_ref[...])
-      _write(state_refs, softmax.accumulate(state, s, lambda p: weigh(call.drop(logits, tiles, p))))
+      state = softmax.State(*(ref[...] for ref in state_refs))
+      _write(state_refs, softmax.accumulate(state, s, lambda p: weigh(call.drop(logits, tiles, p)), leaves.ROWS))
 
     launch.by_kind(walk.code(codes, b, kv_head, n), step)
 
     @pl.when(last)
     def _():
-      out, lse = softmax.finish(softmax.State(m_ref[:, :1], total_ref[:, :1], acc_ref[...]))
+      out, lse = softmax.finish(softmax.State(*(ref[...] for ref in state_refs)), leaves.ROWS)
       out_ref[...] = out.astype(out_ref.dtype)
       lse_ref[...] = leaves.row(lse)
 

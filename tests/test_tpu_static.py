@@ -1,0 +1,90 @@
+"""The TPU kernels' static schedules: how they are read, and that the kernels do not grow."""
+
+
+import pytest
+
+from benchmarks import chips, tpu_schedule, tpu_static
+from tests import tpu_topology
+
+ALLOWED = 1.03  # times the bundles on record
+
+# A grid loop (region 1) with a partial tile (2), in it a branch that is rare (3), a full tile (4), and what stores the result (5).
+BUNDLES = """\
+CT: control target
+= control target key end
+
+     0   :  { %s1 = smov 0 }
+   0x1 LB: > { %s2 = sadd 1 } /* Start region 1 */
+   0x2   : > { %5 = sbr.rel (%p1) target = $region6 } /* Start region 2 */
+   0x3   : > { %v1 = vmatmul }
+second line of a comment */ }
+   0x4   : > { %6 = sbr.rel (%p2) target = $region3 }
+   0x5   : > { %v2 = vmatmul }
+   0x6   : > { %v2 = vmatmul }
+   0x7 PF: > { %v3 = vadd } /* Start/End empty region 3 :: End region 2 */
+   0x8 PF: > { %7 = sbr.rel (%p3) target = $region5 } /* Start/End empty region 6 :: Start region 4 */
+   0x9   : > { %v4 = vmatmul } /* End region 4 */
+   0xa PF: > { %v5 = vst } /* Start region 5 :: End region 5 :: End region 1 */
+"""
+USE = """\
+== CAPACTIY:
+MATMUL, VSTORE:SPILL
+    4     1
+== UTILIZATION:
+0 0
+0 0
+0 0
+2 1
+0 0
+4 1
+4 0
+0 0
+0 0
+3 0
+0 1
+"""
+
+
+def write(folder, bundles=BUNDLES, use=USE):
+  paths = folder / "17-kernel.1-72-final_bundles.txt", folder / "17-kernel.1-70-final_hlo-static-per-bundle-utilization.txt"
+  for path, text in zip(paths, (bundles, use)):
+    path.write_text(text)
+  return paths
+
+
+def test_reading(tmp_path):
+  found = tpu_schedule.read(*write(tmp_path))
+  assert (found.kernel, found.bundles, found.capacity) == ("kernel", 11, {"MATMUL": 4, "VSTORE:SPILL": 1})
+  assert found.use == {"MATMUL": 13, "VSTORE:SPILL": 3}
+  partial, full = found.steps
+  assert (partial.bundles, partial.rare, partial.use) == (4, 2, {"MATMUL": 2, "VSTORE:SPILL": 1})
+  assert (full.bundles, full.rare, full.use) == (2, 0, {"MATMUL": 3, "VSTORE:SPILL": 0})
+  assert found.share("MATMUL", 0) == 2 / 16 and found.share("MATMUL") == 3 / 8
+  figures = tpu_static.figures(found, tpu_static.UNIT // 2)
+  assert (figures.partial, figures.full, figures.once) == (8, 4, 2 * (11 - 6 - 2))
+
+
+def test_another_format_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="has 11 bundles and .* 10 rows"):
+    tpu_schedule.read(*write(tmp_path, use=USE.rpartition("0 1")[0]))
+
+
+def test_what_does_not_compile_is_said():
+  tpu_topology.device("v5e")
+  with pytest.raises(RuntimeError, match="do not compile for v5e:(.|\n)*module 'tests.test_tpu_static' has no attribute 'nothing'"):
+    tpu_schedule.schedules("tests.test_tpu_static:nothing", "v5e")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", chips.CHIPS)
+def test_no_kernel_has_grown(chip):
+  """After a change that is worth it: `python -m benchmarks.tpu_static --record`, with each JAX."""
+  tpu_topology.device(chip)
+  of_versions = tpu_static.recorded().get(tpu_static.versions())
+  if of_versions is None:
+    pytest.skip(f"nothing is on record for {tpu_static.versions()}")
+  found = tpu_static.to_record(tpu_static.measure(chip, "ours"))
+  assert found.keys() == of_versions[chip].keys()
+  grown = {f"{case}, {kind}": (was, now) for case, pair in found.items()
+           for kind, now, was in zip(("full", "partial"), pair, of_versions[chip][case]) if now > ALLOWED * was}
+  assert not grown, f"bundles for 512 x 512 scores, on record and now: {grown}"
