@@ -113,4 +113,3 @@ def _partial_sums(s: Any) -> Any:
 
 # Statistics `[rows, 128]`: a maximum in all lanes, a sum in 128 parts, so that tiles meet them register by register.
 ROWS = softmax.Rows(_highest, _partial_sums, spread, lambda total: jnp.sum(total, axis=1, keepdims=True))
-
