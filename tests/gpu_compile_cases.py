@@ -112,21 +112,35 @@ def plain():
   return found
 
 
+def _features(names):
+  return {name: gradient(sizes(H), BF16, *FEATURES[name]) for name in names}
+
+
+HALF = len(FEATURES) // 2  # a set of cases is compiled in one go, which is not to take too long
+
+
 def features():
-  """At width 64, except for some that take many registers."""
-  found = {name: gradient(sizes(H), BF16, *feature) for name, feature in FEATURES.items()}
-  for name in ("segments", "bias", "mask array", "dropout"):
-    found[f"{name}, width 128"] = gradient(sizes(128), BF16, *FEATURES[name])
-  return found
+  return _features(list(FEATURES)[:HALF])
+
+
+def more_features():
+  """And some that take many registers, at width 128."""
+  wide = {f"{name}, width 128": gradient(sizes(128), BF16, *FEATURES[name]) for name in ("segments", "bias", "mask array", "dropout")}
+  return _features(list(FEATURES)[HALF:]) | wide
+
+
+def in_turn():
+  """What the interpreter runs."""
+  causal = {"is_causal": True}
+  found = {f"{width}": gradient(sizes(width), BF16, (), causal, None, True) for width in WIDTHS}
+  return found | {f"{width} float32": gradient(sizes(width), F32, (), causal, None, True) for width in (64, 128)}
 
 
 def others():
-  """Other dtypes, widths and lengths, and what the interpreter runs."""
+  """Other dtypes, widths and lengths."""
   causal = {"is_causal": True}
   found = {f"float32 {width} {precision or 'default'}": gradient(sizes(width), F32, (), causal, precision)
            for width, precision in ((64, None), (128, None), (64, "highest"))}
-  found |= {f"in turn {width}": gradient(sizes(width), BF16, (), causal, None, True) for width in WIDTHS}
-  found |= {f"in turn {width} float32": gradient(sizes(width), F32, (), causal, None, True) for width in (64, 128)}
   for dtype in (BF16, F32):
     found[f"narrow and wide, {dtype}"] = gradient(sizes(7, 300, value_width=100), dtype, (), causal)
     found[f"wide and narrow, {dtype}"] = gradient(sizes(100, value_width=7), dtype, *FEATURES["bias"])

@@ -23,7 +23,8 @@ def fixture(name):
   return reports
 
 
-plain, features, others, memory = map(fixture, ("plain", "features", "others", "memory"))
+plain, features, more_features, in_turn, others, memory = map(
+    fixture, ("plain", "features", "more_features", "in_turn", "others", "memory"))
 
 
 def without_spills(report):
@@ -53,7 +54,16 @@ def test_what_must_be_fast(plain, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", gpu_compile_cases.features())
 def test_features(features, case):
-  report = features[case]
+  check_feature(features[case], case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", gpu_compile_cases.more_features())
+def test_more_features(more_features, case):
+  check_feature(more_features[case], case)
+
+
+def check_feature(report, case):
   assert without_spills(report) == []
   assert {"jflash_forward", "jflash_dq", "jflash_dkv"} <= set(names(report))
   assert ("jflash_dleaf" in names(report)) == case.startswith(("bias, ", "bias in")) or case == "bias"
@@ -66,9 +76,15 @@ def test_others(others, case):
 
 
 @pytest.mark.slow
-def test_one_product_at_a_time_is_another_kernel(others, plain):
+@pytest.mark.parametrize("case", gpu_compile_cases.in_turn())
+def test_one_product_at_a_time(in_turn, case):
+  assert without_spills(in_turn[case]) == []
+
+
+@pytest.mark.slow
+def test_one_product_at_a_time_is_another_kernel(in_turn, plain):
   """What the interpreter runs has each product awaited before the next begins, and no operand in registers."""
-  assert others["in turn 64"].kernel("jflash_forward").opcodes != plain["causal 64"].kernel("jflash_forward").opcodes
+  assert in_turn["64"].kernel("jflash_forward").opcodes != plain["causal 64"].kernel("jflash_forward").opcodes
 
 
 @pytest.mark.slow
