@@ -43,18 +43,15 @@ memory: that, and copies between chip and memory, are left out.
 
 def cases() -> dict[str, tuple[Callable, tuple]]:
   """Forward and backward, by who and at which width."""
-  found = {}
-  for width in WIDTHS:
-    x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), "bfloat16")
-    found[f"jflash {width}"] = _both(functools.partial(jflash.attention, is_causal=True, implementation="tpu")), (x,) * 4
-    x = jax.ShapeDtypeStruct((HEADS, LENGTH, width), "bfloat16")
-    for block in BLOCKS:
-      found[f"splash {block} {width}"] = _both(_splash(block)), (x,) * 4
-  return found
+  operand = lambda width: jax.ShapeDtypeStruct((HEADS, LENGTH, width), "bfloat16")
+  splash = {f"splash {block} {width}": (_both(_splash(block)), (operand(width),) * 4) for width in WIDTHS for block in BLOCKS}
+  return ours() | splash
 
 
 def ours() -> dict[str, tuple[Callable, tuple]]:
-  return {name: case for name, case in cases().items() if name.startswith("jflash")}
+  attend = functools.partial(jflash.attention, is_causal=True, implementation="tpu")
+  operand = lambda width: jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), "bfloat16")
+  return {f"jflash {width}": (_both(attend), (operand(width),) * 4) for width in WIDTHS}
 
 
 def _both(attend: Callable) -> Callable:

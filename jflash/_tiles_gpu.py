@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ._problem import Problem
 
 _in_turn: contextvars.ContextVar[bool] = contextvars.ContextVar("jflash_in_turn", default=False)
-_fusing: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_fusing", default=None)
+_fusing: contextvars.ContextVar[bool | None] = contextvars.ContextVar("jflash_fusing", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def backward_in_one_kernel(ordered: bool = True):
   Args:
     ordered: whether two runs give the same bits.
   """
-  token = _fusing.set({"ordered": ordered})
+  token = _fusing.set(ordered)
   try:
     yield
   finally:
@@ -82,7 +82,7 @@ def backward_in_one_kernel(ordered: bool = True):
 
 def context() -> Any:
   """What these choices depend on besides the problem."""
-  return _in_turn.get(), _fusing.get() and tuple(_fusing.get().items())
+  return _in_turn.get(), _fusing.get()
 
 
 def launches(problem: Problem, forced: tuple[int, int] | None) -> Launches:
@@ -90,8 +90,9 @@ def launches(problem: Problem, forced: tuple[int, int] | None) -> Launches:
   width = lane_width(max(problem.width, problem.value_width))
   arrays = bool(jax.tree.leaves(problem.logits))
   chosen, fold = _chosen(problem, width, arrays, forced), _fold(problem)
-  if _fusing.get() and not forced and chosen.pieces == 1:
-    chosen = dataclasses.replace(chosen, fused=FUSED.get((width, problem.logits.dropout is not None)), **_fusing.get())
+  ordered = _fusing.get()
+  if ordered is not None and not forced and chosen.pieces == 1:
+    chosen = dataclasses.replace(chosen, fused=FUSED.get((width, problem.logits.dropout is not None)), ordered=ordered)
   if fold == 1:
     return chosen
   forward = dataclasses.replace(chosen.forward, tiles=(64, chosen.forward.tiles[1]), turns=False, fold=fold)

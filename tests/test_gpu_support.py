@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jflash
+from jflash import _api, _plan, _tiles_gpu
 from tests import gpu_topology
 
 gpu_topology.require_jax()
@@ -98,3 +99,16 @@ def test_a_number_as_an_operand():
   with jflash.interpret():
     ours = jax.value_and_grad(loss)(jnp.float32(0.5), "mosaic_gpu")
   np.testing.assert_allclose(ours, jax.value_and_grad(loss)(jnp.float32(0.5), "xla"), rtol=2e-2)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_the_backward_pass_in_one_kernel_is_taken_where_asked_for_and_possible(ordered):
+  def chosen(width, dtype="bfloat16", **options):
+    return _plan.plan_mosaic_gpu(_api.make_problem(*draw(dtype, width), **options)).launches
+
+  assert chosen(64).fused is None
+  with _tiles_gpu.backward_in_one_kernel(ordered):
+    for width in (64, 128):
+      assert (chosen(width).fused, chosen(width).ordered) == (_tiles_gpu.FUSED[width, False], ordered)
+    dropped = chosen(64, dropout_rate=0.1, dropout_key=jax.random.key(0))
+    assert [x.fused for x in (chosen(192), chosen(64, "float32"), dropped)] == [None] * 3
