@@ -108,6 +108,7 @@ def _highest(s: Any) -> Any:
 
 
 def _partial_sums(s: Any) -> Any:
+  s = jnp.pad(s, ((0, 0), (0, -s.shape[1] % LANES)))
   return functools.reduce(lambda a, b: a + b, [s[:, n:n + LANES] for n in range(0, s.shape[1], LANES)])
 
 

@@ -14,6 +14,7 @@ from benchmarks import gpu_checks, gpu_contest, gpu_shapes, gpu_speed, gpu_worke
 from benchmarks.gpu_contest import Broken, Contest, Effort, Entrant
 from benchmarks.gpu_programs import INPUTS, Draw, Exact, Program, rotate
 from benchmarks.timing import Times
+from tests import gpu_topology
 
 SMALL = gpu_speed.Setup(Effort(3, 0.01), "xla", ("xla",), (64,), (128,), tokens=256, hidden=128, xla_lengths=(0, 128))
 SHAPE = SMALL.shape(64, 128)
@@ -187,6 +188,7 @@ def test_plain_jax_passes_the_checks(name):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["d 64, causal", "lengths, empty rows, NaN hidden, d 64"])
 def test_the_kernels_pass_the_checks_in_the_interpreter(name):
+  gpu_topology.require_jax()
   setup = dataclasses.replace(SMALL, implementation="mosaic_gpu", interpret=True)
   with jflash.interpret():
     row, = gpu_checks.checks(setup)[name]().prepare(lambda label: None)()
