@@ -35,11 +35,12 @@ class Logits:
   score_mod: Program | None = None
   dropout: Dropout | None = None
 
-  def coordinates(self, batch: Any, head: Any, row: Any, column: Any, take: Any = None, gathers: bool = False) -> Coordinates:
-    """Where a tile lies, given its batch, head, row and column numbers; `take` reads a table by an index per score."""
+  def coordinates(self, batch: Any, head: Any, row: Any, column: Any, take: Any = None, gathers: bool = False,
+                  turned: bool = False) -> Coordinates:
+    """Where a tile lies, given its batch, head, row and column numbers, as `Coordinates` has them."""
     given = lambda own, number: number if own is None else own
     return Coordinates(given(self.batch_ids, batch), given(self.head_ids, head), row, column, given(self.query_positions, row),
-                       given(self.key_positions, column), take, gathers)
+                       given(self.key_positions, column), take, gathers, turned)
 
   def scores(self, qk: Any, at: Coordinates, masked: bool, inside: Any = None) -> Any:
     """The scores of a tile from its products `qk`.

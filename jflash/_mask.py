@@ -35,7 +35,7 @@ class Coordinates(NamedTuple):
   """Where the scores of a tile lie: batch and head numbers, row and column numbers, query and key positions.
 
   On elements these are integer arrays that broadcast to the tile (rows and q vary along its second-to-last axis, columns and k
-  along its last); on tiles rows, columns, q and k are `Span`s. Positions are the row and column numbers unless the caller
+  along its last, or the other way round if `turned`); on tiles rows, columns, q and k are `Span`s. Positions are the row and column numbers unless the caller
   gave others, and so are batch and head numbers.
   """
 
@@ -47,6 +47,7 @@ class Coordinates(NamedTuple):
   k: Any
   take: Any = None  # `take(table, index)` of the backend
   gathers: bool = False  # whether it takes from tables of any size, `[B|1, N|1, 1, 1, …]`, as well as it does anything else
+  turned: bool = False  # whether keys lie along the rows of the tile
 
 
 class OfTokens(NamedTuple):

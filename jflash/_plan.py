@@ -56,6 +56,7 @@ class Plan:
   widen: bool  # whether "xla" converts tiles to float32 before it multiplies them
   interpret: Any  # False, True, or Pallas' interpreter parameters
   kinds: tuple[int, ...] = (schedule.PARTIAL, schedule.FULL)  # of tiles that have to be reckoned with, besides EMPTY
+  together: int = 1  # visits that the forward pass of "tpu" computes in one step, 1 or 2
   launches: _tiles_gpu.Launches | None = None  # of "mosaic_gpu"
 
 
@@ -142,7 +143,7 @@ def plan_tpu(problem: Problem) -> Plan:
   up = lambda n: 128 * math.ceil(n / 128)
   blocks = _blocks(problem, side)
   tiles = _forced_tiles.get() or (min(up(blocks[0]), up(problem.queries)), min(up(blocks[1]), up(problem.keys)))
-  return Plan(tiles, (1, 1), False, interpreting())
+  return Plan(tiles, (1, 1), False, interpreting(), together=2 if problem.keys > tiles[1] else 1)
 
 
 def plan_mosaic_gpu(problem: Problem) -> Plan:
@@ -199,7 +200,8 @@ def _schedule(problem: Problem, plan: Plan) -> Schedule | LaunchSchedule:
   if not isinstance(kinds, np.ndarray) and most < columns:
     kinds = schedule.first(kinds, most)
   # Columns: the same visits, and one for each column that has none.
-  return Schedule(schedule.visits(kinds, rows * most), schedule.visits(kinds.swapaxes(-1, -2), rows * most + columns), kinds)
+  return Schedule(schedule.visits(kinds, rows * most, plan.together),
+                  schedule.visits(kinds.swapaxes(-1, -2), rows * most + columns), kinds)
 
 
 def _kinds(problem: Problem, tiles: tuple[int, int]) -> Any:

@@ -54,7 +54,7 @@ def _too_long(problem: Problem) -> str | None:
 
 
 def _call(problem: Problem, plan: _plan.Plan) -> tpu.Call:
-  return tpu.Call(problem.queries, problem.keys, problem.groups, problem.product, plan.tiles, plan.interpret)
+  return tpu.Call(problem.queries, problem.keys, problem.groups, problem.product, plan.tiles, plan.kinds, plan.together, plan.interpret)
 
 
 def _lead(x: Any, tile: int) -> Any:

@@ -6,6 +6,7 @@ JAX arrays may be traced. `_mask` says what `keep`, `tile` and `bind` are.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -248,12 +249,14 @@ class BlockSparse(Mask):
     # table[q // rows, k // columns] as two products with one-hot matrices: a gather that every kernel can do, and exact.
     table = self.table.reshape(*self.table.shape[:-4], *self.table.shape[-2:])  # [..., query blocks, key blocks]
     table = (table != 0).astype(jnp.float32)
-    query_block = jax.lax.broadcasted_iota(jnp.int32, (1, table.shape[-2]), 1)
-    key_block = jax.lax.broadcasted_iota(jnp.int32, (table.shape[-1], 1), 0)
-    q = (at.q // self.block_shape[0] == query_block).astype(jnp.float32)  # [..., tile rows, query blocks]
-    k = (at.k // self.block_shape[1] == key_block).astype(jnp.float32)  # [..., key blocks, tile columns]
-    dot = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
-    return dot(dot(q, table), k) > 0.5
+    sides = [(at.q // self.block_shape[0], table.shape[-2]), (at.k // self.block_shape[1], table.shape[-1])]
+    (row_blocks, along_rows), (column_blocks, along_columns) = reversed(sides) if at.turned else sides
+    number = lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    row = (row_blocks == number((1, along_rows), 1)).astype(jnp.float32)  # [..., tile rows, blocks]
+    column = (column_blocks == number((along_columns, 1), 0)).astype(jnp.float32)  # [..., blocks, tile columns]
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    found = dot("...ik,...jk->...ij" if at.turned else "...ik,...kj->...ij", row, table)
+    return dot("...ik,...kj->...ij", found, column) > 0.5
 
   def tile(self, at):
     table = self.table.lo  # [B|1, N|1, 1, 1, query blocks, key blocks], the same for every tile

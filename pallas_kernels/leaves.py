@@ -64,15 +64,17 @@ def block_spec(x: Any, tiles: tuple[int, int], where: Any) -> pl.BlockSpec:
   return pl.BlockSpec((None, None, *block(x, tiles)), index)
 
 
-def tile(x: Any, ref: Any) -> Any:
-  """What a kernel computes with: `[rows|1, columns|1, …]`, 32 bits wide."""
+def tile(x: Any, ref: Any, turned: bool = False) -> Any:
+  """What a kernel computes with: `[rows|1, columns|1, …]`, 32 bits wide; `[columns|1, rows|1, …]` if `turned`."""
   loaded = ref[...]
   if x.ndim > 4:
     return loaded[None, None]
   _, _, queries, keys = runs_along(x)
   if loaded.dtype in (jnp.int8, jnp.bfloat16):
     loaded = loaded.astype(jnp.int32 if loaded.dtype == jnp.int8 else jnp.float32)
-  return column(loaded) if queries and not keys else loaded
+  if queries and keys:
+    return loaded.T if turned else loaded
+  return column(loaded) if (keys if turned else queries) else loaded
 
 
 def untile(x: Any, like: Any) -> Any:

@@ -56,11 +56,12 @@ def first(kinds: Any, count: int) -> Any:
   return jnp.where(jnp.cumsum(kinds != EMPTY, axis=-1) <= count, kinds, EMPTY)
 
 
-def visits(kinds: Any, most: int | None = None) -> Visits:
+def visits(kinds: Any, most: int | None = None, together: int = 1) -> Visits:
   """Lists that walk a table of kinds `[B|1, K|1, rows, columns]` row by row; transpose it first for column by column.
 
   Args:
     most: how many visits there can be in a list, empty rows included; it makes the lists of a traced table shorter.
+    together: 1, or 2 for rows filled up to an even number of visits, with an EMPTY one.
   """
   static = isinstance(kinds, np.ndarray)
   xp: Any = np if static else jnp
@@ -71,17 +72,32 @@ def visits(kinds: Any, most: int | None = None) -> Visits:
   some = kinds != EMPTY
   codes = (row << (_KIND_BITS + _TILE_BITS)) | (column << _KIND_BITS) | kinds
   listed = some | (~xp.any(some, axis=-1, keepdims=True) & (column == 0))
+  if together == 2:
+    codes, listed = _even(codes, listed)
+    columns, most = columns + 1, None if most is None else most + rows
   counts = xp.sum(listed, axis=-1, dtype=np.int32)
   starts = xp.concatenate([xp.zeros((*lead, 1), np.int32), xp.cumsum(counts, axis=-1, dtype=np.int32)], axis=-1)
   total = starts[..., -1:]
 
   length = int(total.max()) if static else rows * columns if most is None else min(rows * columns, most)
+  length += length % together
   flat = lambda x: x.reshape(*lead, rows * columns)
   order = xp.argsort(~flat(listed), axis=-1, stable=True)
-  number = xp.minimum(np.arange(length, dtype=np.int32), total - 1)
+  number = np.arange(length, dtype=np.int32)
+  number = xp.minimum(number, total - together + number % together)
   codes = xp.take_along_axis(flat(codes), xp.take_along_axis(order, number, axis=-1), axis=-1)
   left_over = np.arange(length) >= total
   return Visits(xp.where(left_over, (codes >> _KIND_BITS) << _KIND_BITS, codes), starts)
+
+
+def _even(codes: Any, listed: Any) -> tuple[Any, Any]:
+  """With a column more: an EMPTY visit for rows of an odd number. It stays at the tile that was visited two before it."""
+  xp: Any = np if isinstance(listed, np.ndarray) else jnp
+  number = xp.cumsum(listed, axis=-1, dtype=np.int32)
+  count = number[..., -1:]
+  before = listed & (number == xp.maximum(count - 1, 1))
+  empty = (xp.sum(xp.where(before, codes, 0), axis=-1, keepdims=True, dtype=np.int32) >> _KIND_BITS) << _KIND_BITS
+  return xp.concatenate([codes, empty], axis=-1), xp.concatenate([listed, count % 2 == 1], axis=-1)
 
 
 class RowVisits(NamedTuple):

@@ -1,4 +1,4 @@
-"""The backward pass: dQ row by row, dK and dV column by column, and the gradient of any one array of the logits.
+"""The backward pass: dK and dV column by column, dQ beside them or row by row, and the gradient of any array of the logits.
 
 The probabilities are computed again from lse. Each output tile is summed by one core in a fixed order: no atomics, and two runs
 give the same bits. For every array of the logits, `jax.vjp` of the logits themselves takes dS to its gradient.
@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import leaves, schedule, softmax
+from .. import leaves, products, schedule, softmax
 from . import launch
 
 
@@ -38,25 +38,43 @@ class Residuals(NamedTuple):
 
 def backward(call: launch.Call, residuals: Residuals, logits: Any, rows: schedule.Visits,
              columns: schedule.Visits) -> tuple[Any, Any, Any]:
-  """(dq, dk, dv), laid out as q, k, v, in their dtypes."""
-  dk, dv = _dkv(call, residuals, logits, columns)
-  return _dq(call, residuals, logits, rows), dk, dv
+  """(dq, dk, dv), laid out as q, k, v, in their dtypes; dq may have more rows."""
+  if in_one_kernel(call, residuals.q):
+    dk, dv, dq = _dkv(call, residuals, logits, columns, with_dq=True)
+  else:
+    dk, dv = _dkv(call, residuals, logits, columns)
+    dq = _dq(call, residuals, logits, rows)
+  return dq, dk, dv
+
+
+def in_one_kernel(call: launch.Call, q: Any) -> bool:
+  """Whether dQ of all query heads of a kv head finds room on chip: five products a tile rather than seven."""
+  per_number = 4 + 2 * q.dtype.itemsize  # the sum, and what is copied out behind it
+  held = call.groups * _whole_tiles(q.shape[2], call.tiles[0]) * q.shape[3] * per_number
+  return call.product is products.Dot and held <= DQ_LIMIT
+
+
+DQ_LIMIT = 28 * 2**20  # of `launch.VMEM_LIMIT`
 
 
 def _tile_gradients(call: launch.Call, logits: Any, tiles: Any, refs: Any, place: launch.Place, masked: bool,
-                    wanted: int | None = None) -> tuple[Any, Any, Any]:
-  """(P, d(q·k), gradient of the wanted leaf's tile): everything that all passes compute alike."""
+                    wanted: int | None = None, turned: bool = False) -> tuple[Any, Any, Any]:
+  """(P, d(q·k), gradient of the wanted leaf's tile): everything that all passes compute alike.
+
+  With `turned`, keys are the rows of all of them: then lse and δ are rows as they lie in memory, and no lane moves.
+  """
   q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref = refs
 
   def scores(qk, leaf):
     filled = [leaf if n == wanted else x for n, x in enumerate(tiles)]
-    return call.scores(logits, filled, place, qk, masked)
+    return call.scores(logits, filled, place, qk, masked, turned)
 
+  nt = lambda product, of_query, of_key: product(*((of_key, of_query) if turned else (of_query, of_key)))
   leaf = jnp.zeros(()) if wanted is None else tiles[wanted]
-  s, pull = jax.vjp(scores, call.product.scores(call.algebra, q_ref[...], k_ref[...]), leaf)
-  statistic = lambda ref: leaves.spread(leaves.lanes(ref[...]), s.shape[1])
+  s, pull = jax.vjp(scores, nt(functools.partial(call.product.scores, call.algebra), q_ref[...], k_ref[...]), leaf)
+  statistic = lambda ref: ref[...] if turned else leaves.spread(leaves.lanes(ref[...]), s.shape[1])
   p = softmax.probabilities(s, statistic(lse_ref))
-  dp = call.drop(logits, tiles, call.algebra.nt(dout_ref[...], v_ref[...]))
+  dp = call.drop(logits, tiles, nt(call.algebra.nt, dout_ref[...], v_ref[...]))
   ds = softmax.dscores(p, dp, statistic(delta_ref))
   if masked:  # statistics and operands of rows past the last query hold anything
     p, ds = (jnp.where(s == -jnp.inf, 0.0, x) for x in (p, ds))
@@ -83,7 +101,7 @@ def _dq(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.V
       _, dqk, _ = _tile_gradients(call, logits, tiles, inputs, where(b, h, n, codes), masked)
       acc_ref[...] += call.product.dq(call.algebra, dqk, q, k, masked)
 
-    launch.by_kind(walk.code(codes, b, kv_head, n), step)
+    launch.by_kind(call, walk.code(codes, b, kv_head, n), step)
     pl.when(last)(functools.partial(_store, dq_ref, acc_ref))
 
   operands = launch.leaf_operands(logits, call.tiles, where) + residuals.operands(call, where)
@@ -92,10 +110,15 @@ def _dq(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.V
                      [pltpu.VMEM((call.tiles[0], width), jnp.float32)], parallel=2)[0]
 
 
-def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.Visits) -> list[Any]:
-  """dK = d(QKᵀ)ᵀ Q and dV = Pᵀ dO, summed over the query tiles of a key tile and the query heads of its kv head."""
+def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.Visits, with_dq: bool = False) -> list[Any]:
+  """dK = d(QKᵀ)ᵀ Q and dV = Pᵀ dO, summed over the query tiles of a key tile and the query heads of its kv head.
+
+  With `with_dq` dQ, too, whose sums for all query tiles of these heads stay on chip while the columns pass by.
+  """
   batch, kv_heads, _, width = residuals.k.shape
-  value_width, groups = residuals.v.shape[3], call.groups
+  value_width, groups, rows = residuals.v.shape[3], call.groups, call.tiles[0]
+  queries = _whole_tiles(residuals.q.shape[2], rows)
+  turned = call.product is products.Dot  # which is the same from both sides
   walk = launch.walk(visits)
 
   def where(b, kv_head, n, g, codes):
@@ -105,9 +128,23 @@ def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.
   count = len(jax.tree.leaves(logits))
 
   def kernel(codes, *refs):
-    leaf_refs, inputs, (dk_ref, dv_ref, dk_acc, dv_acc) = refs[:count], refs[count:-4], refs[-4:]
+    leaf_refs, inputs, refs = refs[:count], refs[count:count + len(Residuals._fields)], refs[count + len(Residuals._fields):]
+    (dk_ref, dv_ref, *dq_ref), (dk_acc, dv_acc, *dq_acc) = refs[:len(refs) // 2], refs[len(refs) // 2:]
     b, kv_head, n, g = (pl.program_id(axis) for axis in range(4))
     first, last = walk.ends(codes, b, kv_head, n)
+
+    def each_query_tile(do):
+      """For all query tiles of this query head, which is enough, as each has a turn."""
+      @pl.loop(0, queries // rows)
+      def _(i):
+        do(g, pl.ds(pl.multiple_of(i * rows, rows), rows))
+
+    if with_dq:
+      @pl.when(n == 0)
+      def _():
+        def zero(g, rows):
+          dq_acc[0][g, rows] = jnp.zeros((rows.size, width), jnp.float32)
+        each_query_tile(zero)
 
     @pl.when(first & (g == 0))
     def _():
@@ -115,26 +152,46 @@ def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.
       _zero(dv_acc)
 
     def step(masked):
-      tiles, (q, k, _, dout) = launch.leaf_tiles(logits, leaf_refs), (ref[...] for ref in inputs[:4])
-      p, dqk, _ = _tile_gradients(call, logits, tiles, inputs, where(b, kv_head, n, g, codes), masked)
-      dk_acc[...] += call.product.dk(call.algebra, dqk, q, k, masked)
-      if masked and call.queries % call.tiles[0]:  # rows past the last query hold anything
-        row = where(b, kv_head, n, g, codes).i * call.tiles[0] + lax.broadcasted_iota(jnp.int32, (call.tiles[0], 1), 0)
+      tiles, (q, k, _, dout) = launch.leaf_tiles(logits, leaf_refs, turned), (ref[...] for ref in inputs[:4])
+      place = where(b, kv_head, n, g, codes)
+      p, dqk, _ = _tile_gradients(call, logits, tiles, inputs, place, masked, turned=turned)
+      if masked and call.queries % rows:  # rows past the last query hold anything
+        row = place.i * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
         dout = jnp.where(row < call.queries, dout, jnp.zeros_like(dout))
-      dv_acc[...] += call.algebra.tn(call.drop(logits, tiles, p).astype(dout.dtype), dout)
+      p = call.drop(logits, tiles, p).astype(dout.dtype)
+      if turned:
+        dk_acc[...] += call.product.dq(call.algebra, dqk, k, q, masked)
+        dv_acc[...] += call.algebra.nn(p, dout)
+      else:
+        dk_acc[...] += call.product.dk(call.algebra, dqk, q, k, masked)
+        dv_acc[...] += call.algebra.tn(p, dout)
+      if with_dq:
+        mine = g, pl.ds(pl.multiple_of(place.i * rows, rows), rows)
+        dq_acc[0][mine] += call.product.dk(call.algebra, dqk, k, q, masked)
 
-    launch.by_kind(walk.code(codes, b, kv_head, n), step)
+    launch.by_kind(call, walk.code(codes, b, kv_head, n), step)
 
     @pl.when(last & (g == groups - 1))
     def _():
       _store(dk_ref, dk_acc)
       _store(dv_ref, dv_acc)
 
+    if with_dq:
+      @pl.when(n == walk.length - 1)
+      def _():
+        def store(g, rows):
+          dq_ref[0][g, rows] = dq_acc[0][g, rows].astype(dq_ref[0].dtype)
+        each_query_tile(store)
+
   operands = launch.leaf_operands(logits, call.tiles, where) + residuals.operands(call, where)
   results = [launch.Operand(x, launch.key_spec(x.shape[3], call.tiles, groups, where)) for x in (residuals.k, residuals.v)]
   scratch = [pltpu.VMEM((call.tiles[1], n), jnp.float32) for n in (width, value_width)]
-  return call.launch(kernel, "jflash_dkv", (batch, kv_heads, walk.length, groups), visits.codes.reshape(-1), operands, results,
-                     scratch, parallel=2)
+  if with_dq:
+    dq = jax.ShapeDtypeStruct((batch, kv_heads * groups, queries, width), residuals.q.dtype)
+    results.append(launch.Operand(dq, pl.BlockSpec((None, groups, queries, width), lambda b, kv_head, *_: (b, kv_head, 0, 0))))
+    scratch.append(pltpu.VMEM((groups, queries, width), jnp.float32))
+  return call.launch(kernel, "jflash_backward" if with_dq else "jflash_dkv", (batch, kv_heads, walk.length, groups),
+                     visits.codes.reshape(-1), operands, results, scratch, parallel=2)
 
 
 def leaf_gradient(call: launch.Call, residuals: Residuals, logits: Any, wanted: int, kinds: Any) -> Any:
@@ -180,7 +237,7 @@ def leaf_gradient(call: launch.Call, residuals: Residuals, logits: Any, wanted: 
       *_, dleaf = _tile_gradients(call, logits, launch.leaf_tiles(logits, leaf_refs), inputs, place, masked, wanted)
       acc_ref[...] += leaves.untile(dleaf, leaf)
 
-    launch.by_kind(kind(place, codes), step)
+    launch.by_kind(call, kind(place, codes), step)
     pl.when(at_end)(functools.partial(_store, dleaf_ref, acc_ref))
 
   stored = leaves.store(leaf)
@@ -190,6 +247,10 @@ def leaf_gradient(call: launch.Call, residuals: Residuals, logits: Any, wanted: 
   dleaf = call.launch(kernel, "jflash_dleaf", tuple(sizes[axis] for axis in order), kinds.reshape(-1), operands, [result],
                       scratch, parallel=0)[0]
   return leaves.unstore(dleaf, leaf)
+
+
+def _whole_tiles(n: int, tile: int) -> int:
+  return -(-n // tile) * tile
 
 
 def _zero(ref: Any) -> None:

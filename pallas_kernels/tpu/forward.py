@@ -1,4 +1,4 @@
-"""The forward pass: one visit a grid step; a query tile's running softmax stays in VMEM until its last visit."""
+"""The forward pass: a query tile's running softmax stays in VMEM until its last visit; a grid step computes one or two visits."""
 
 from __future__ import annotations
 
@@ -20,35 +20,43 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
   Args:
     call: sizes, tiles, launch options.
     logits: a pytree of arrays `[B|1, N|1, T|1, S|1, …]` with methods `coordinates` and `scores`.
-    visits: row by row.
+    visits: row by row; their number in a row divides by `call.together`.
   """
   batch, heads, queries, width = q.shape
-  value_width, rows = v.shape[3], call.tiles[0]
+  value_width, rows, together = v.shape[3], call.tiles[0], call.together
   walk = launch.walk(visits)
-  where = walk.row_by_row(call.groups)
-  count = len(jax.tree.leaves(logits))
+  places = [walk.row_by_row(call.groups, together, side) for side in range(together)]
+  count = len(jax.tree.leaves(logits)) + 2
 
   def kernel(codes, *refs):
-    leaf_refs, (q_ref, k_ref, v_ref, out_ref, lse_ref, m_ref, total_ref, acc_ref) = refs[:count], refs[count:]
-    b, h, n = (pl.program_id(axis) for axis in range(3))
+    sides, (q_ref, out_ref, lse_ref, *state_refs) = refs[:together * count], refs[together * count:]
+    sides = [sides[n:n + count] for n in range(0, together * count, count)]
+    b, h, step = (pl.program_id(axis) for axis in range(3))
     kv_head = lax.div(h, call.groups)
-    first, last = walk.ends(codes, b, kv_head, n)
-    state_refs = m_ref, total_ref, acc_ref
+    first, last = walk.ends(codes, b, kv_head, step * together, together)
 
     @pl.when(first)
     def _():
       _write(state_refs, softmax.start((rows,), value_width, jnp.float32))
 
-    def step(masked):
-      qk = call.product.scores(call.algebra, q_ref[...], k_ref[...])  # [rows, columns]
-      tiles = launch.leaf_tiles(logits, leaf_refs)
-      s = call.scores(logits, tiles, where(b, h, n, codes), qk, masked)
-      dot = lambda p, v: call.algebra.nn(p.astype(v.dtype), v)
-      weigh = lambda p: softmax.weigh_masked(p, s, v_ref[...], dot) if masked else dot(p, v_ref[...])
-      state = softmax.State(*(ref[...] for ref in state_refs))
-      _write(state_refs, softmax.accumulate(state, s, lambda p: weigh(call.drop(logits, tiles, p)), leaves.ROWS))
+    def scores_of(side):
+      k_ref, _ = sides[side][-2:]
+      return call.product.scores(call.algebra, q_ref[...], k_ref[...])  # [rows, columns]
 
-    launch.by_kind(walk.code(codes, b, kv_head, n), step)
+    def visit(masked, number):
+      """Adds the first `number` visits. The product of the next runs beside the softmax of this one."""
+      ahead = scores_of(0)
+      for side in range(number):
+        qk, ahead = ahead, scores_of(side + 1) if side + 1 < number else None
+        *leaf_refs, _, v_ref = sides[side]
+        tiles = launch.leaf_tiles(logits, leaf_refs)
+        s = call.scores(logits, tiles, places[side](b, h, step, codes), qk, masked)
+        dot = lambda p, v: call.algebra.nn(p.astype(v.dtype), v)
+        weigh = lambda p: softmax.weigh_masked(p, s, v_ref[...], dot) if masked else dot(p, v_ref[...])
+        state = softmax.State(*(ref[...] for ref in state_refs))
+        _write(state_refs, softmax.accumulate(state, s, lambda p: weigh(call.drop(logits, tiles, p)), leaves.ROWS))
+
+    launch.by_kinds(call, [walk.code(codes, b, kv_head, step * together + side) for side in range(together)], visit)
 
     @pl.when(last)
     def _():
@@ -56,17 +64,19 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
       out_ref[...] = out.astype(out_ref.dtype)
       lse_ref[...] = leaves.row(lse)
 
-  operands = launch.leaf_operands(logits, call.tiles, where) + [
-      launch.Operand(q, launch.query_spec(width, call.tiles, where)),
-      launch.Operand(k, launch.key_spec(width, call.tiles, call.groups, where)),
-      launch.Operand(v, launch.key_spec(value_width, call.tiles, call.groups, where))]
+  operands = []
+  for where in places:
+    operands += launch.leaf_operands(logits, call.tiles, where) + [
+        launch.Operand(x, launch.key_spec(x.shape[3], call.tiles, call.groups, where)) for x in (k, v)]
+  operands.append(launch.Operand(q, launch.query_spec(width, call.tiles, places[0])))
   results = [
       launch.Operand(jax.ShapeDtypeStruct((batch, heads, queries, value_width), q.dtype),
-                     launch.query_spec(value_width, call.tiles, where)),
-      launch.Operand(jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32), launch.statistic_spec(call.tiles, where))]
+                     launch.query_spec(value_width, call.tiles, places[0])),
+      launch.Operand(jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
+                     launch.statistic_spec(call.tiles, places[0]))]
   scratch = [pltpu.VMEM((rows, n), jnp.float32) for n in (leaves.LANES, leaves.LANES, value_width)]
-  out, lse = call.launch(kernel, "jflash_forward", (batch, heads, walk.length), visits.codes.reshape(-1), operands, results,
-                         scratch, parallel=2)
+  grid = batch, heads, walk.length // together
+  out, lse = call.launch(kernel, "jflash_forward", grid, visits.codes.reshape(-1), operands, results, scratch, parallel=2)
   return out, lse
 
 

@@ -28,6 +28,8 @@ class Call:
   groups: int  # query heads per kv head
   product: type  # of a query and a key, one of `products`
   tiles: tuple[int, int]
+  kinds: tuple[int, ...]  # of tiles, that may occur
+  together: int  # visits in one step of the forward pass
   interpret: Any
 
   def dot(self, a: Any, b: Any, contract: tuple[int, int]) -> Any:
@@ -42,18 +44,19 @@ class Call:
         nt=lambda q, k: self.dot(q, k, (1, 1)), nn=lambda s, k: self.dot(s, k, (1, 0)), tn=lambda s, q: self.dot(s, q, (0, 0)),
         lay_down=leaves.row, over_rows=lambda s: leaves.column(jnp.sum(s, axis=0, keepdims=True)))
 
-  def scores(self, logits: Any, tiles: Any, at: Place, qk: Any, masked: bool) -> Any:
-    """The scores of a tile; what lies past the last query or key is masked."""
+  def scores(self, logits: Any, tiles: Any, at: Place, qk: Any, masked: bool, turned: bool = False) -> Any:
+    """The scores of a tile, or their transpose; what lies past the last query or key is masked."""
     rows, columns = self.tiles
-    row = at.i * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    column = at.j * columns + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+    line = lambda n, axis: lax.broadcasted_iota(jnp.int32, (1, n) if axis else (n, 1), axis)
+    row = at.i * rows + line(rows, int(turned))
+    column = at.j * columns + line(columns, int(not turned))
     inside = None
     if masked and self.queries % rows:
       inside = row < self.queries
     if masked and self.keys % columns:
       inside = (column < self.keys) if inside is None else inside & (column < self.keys)
     tile = jax.tree.unflatten(jax.tree.structure(logits), tiles)
-    return tile.scores(qk, tile.coordinates(at.batch, at.head, row, column, _take), masked, inside)
+    return tile.scores(qk, tile.coordinates(at.batch, at.head, row, column, _take, turned=turned), masked, inside)
 
   def drop(self, logits: Any, tiles: Any, x: Any) -> Any:
     """Dropout of a tile of weights, or of what multiplies them."""
@@ -107,19 +110,18 @@ class Walk(NamedTuple):
     number = (batch * self.lists[1] if self.lists[0] > 1 else 0) + (kv_head if self.lists[1] > 1 else 0)
     return codes[number * self.length + n]
 
-  def ends(self, codes: Any, batch: Any, kv_head: Any, n: Any) -> tuple[Any, Any]:
-    """Whether visit n is the first, and whether it is the last, of its outer tile."""
+  def ends(self, codes: Any, batch: Any, kv_head: Any, n: Any, together: int = 1) -> tuple[Any, Any]:
+    """Whether the visits from n on, of one step, are the first, and whether they are the last, of their outer tile."""
     outer_at = lambda m: schedule.outer(self.code(codes, batch, kv_head, m))
-    here = outer_at(n)
+    here, end = outer_at(n), self.length - together
     first = (n == 0) | (outer_at(jnp.maximum(n - 1, 0)) != here)
-    last = (n == self.length - 1) | (outer_at(jnp.minimum(n + 1, self.length - 1)) != here)
+    last = (n == end) | (outer_at(jnp.minimum(n + together, end)) != here)
     return first, last
 
-
-  def row_by_row(self, groups: int) -> Callable[..., Place]:
-    """Where step (batch, head, n) of a grid along lists of rows computes."""
+  def row_by_row(self, groups: int, together: int = 1, side: int = 0) -> Callable[..., Place]:
+    """Where step (batch, head, n) of a grid along lists of rows computes, with number `side` of its visits."""
     def where(batch, head, n, codes):
-      code = self.code(codes, batch, lax.div(head, groups), n)
+      code = self.code(codes, batch, lax.div(head, groups), n * together + side)
       return Place(batch, head, schedule.outer(code), schedule.inner(code))
     return where
 
@@ -132,14 +134,34 @@ def leaf_operands(logits: Any, tiles: tuple[int, int], where: Callable) -> list[
   return [Operand(leaves.store(x), leaves.block_spec(x, tiles, where)) for x in jax.tree.leaves(logits)]
 
 
-def leaf_tiles(logits: Any, refs: Any) -> list[Any]:
-  return [leaves.tile(x, ref) for x, ref in zip(jax.tree.leaves(logits), refs)]
+def leaf_tiles(logits: Any, refs: Any, turned: bool = False) -> list[Any]:
+  return [leaves.tile(x, ref, turned) for x, ref in zip(jax.tree.leaves(logits), refs)]
 
 
-def by_kind(code: Any, step: Callable[[bool], None]) -> None:
+def by_kind(call: Call, code: Any, step: Callable[[bool], None]) -> None:
   """`step(masked)` for a partial and for a full tile, nothing for an empty one."""
-  pl.when(schedule.kind(code) == schedule.PARTIAL)(functools.partial(step, True))
-  pl.when(schedule.kind(code) == schedule.FULL)(functools.partial(step, False))
+  for kind in (schedule.PARTIAL, schedule.FULL):
+    if kind in call.kinds:
+      pl.when(schedule.kind(code) == kind)(functools.partial(step, kind == schedule.PARTIAL))
+
+
+def by_kinds(call: Call, codes: list[Any], visit: Callable[[bool, int], None]) -> None:
+  """`visit(masked, number)` with the first `number` of one or two visits, of which only the second may be left over, EMPTY.
+
+  A full tile beside a partial one is masked with it, and one alone, too, as it is the last of its row: less code.
+  """
+  if len(codes) == 1:
+    by_kind(call, codes[0], functools.partial(visit, number=1))
+    return
+  a, b = map(schedule.kind, codes)
+  both, alone = (a != schedule.EMPTY) & (b != schedule.EMPTY), (a != schedule.EMPTY) & (b == schedule.EMPTY)
+  full = (a == schedule.FULL) & (b == schedule.FULL)
+  if schedule.FULL in call.kinds:
+    pl.when(full)(functools.partial(visit, False, 2))
+  masked = schedule.PARTIAL in call.kinds
+  if masked:
+    pl.when(both & ~full)(functools.partial(visit, True, 2))
+  pl.when(alone)(functools.partial(visit, masked, 1))
 
 
 def query_spec(width: int, tiles: tuple[int, int], where: Callable) -> pl.BlockSpec:
