@@ -7,6 +7,7 @@ of it is the only derivative of bias, ALiBi, score_mod, cap and mask that there 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -42,16 +43,27 @@ class Logits:
     return Coordinates(given(self.batch_ids, batch), given(self.head_ids, head), row, column, given(self.query_positions, row),
                        given(self.key_positions, column), take, gathers, turned)
 
-  def scores(self, qk: Any, at: Coordinates, masked: bool, inside: Any = None) -> Any:
+  @property
+  def plain(self) -> bool:
+    """Whether nothing but the mask comes after a known scale."""
+    terms = self.bias, self.alibi_slopes, self.soft_cap, self.score_mod
+    return isinstance(self.scale, float) and self.scale > 0 and all(term is None for term in terms)
+
+  def in_units(self) -> tuple[float, Logits]:
+    """(unit, logits) with these scores = unit · those: a known scale is left to the exponentials, which multiply anyway."""
+    return (self.scale, dataclasses.replace(self, scale=1.0)) if self.plain else (1.0, self)
+
+  def scores(self, qk: Any, at: Coordinates, masked: bool, inside: Any = None, differentiated: bool = True) -> Any:
     """The scores of a tile from its products `qk`.
 
     Args:
       masked: False where the mask is known to keep the whole tile, which leaves it out.
       inside: for a masked tile at the ragged end, which of its elements are queries and keys at all.
+      differentiated: False where no derivative is taken of this.
     """
     keep = self._keep(at, inside) if masked else None
     # What is masked must be finite before it enters any product, or its zero cotangent would come back as 0 · NaN.
-    hide = lambda x: x if keep is None else jnp.where(keep, x, 0.0)
+    hide = lambda x: x if keep is None or not differentiated else jnp.where(keep, x, 0.0)
     as_scores = lambda x: x if isinstance(x, float) else x.astype(qk.dtype)
     s = hide(qk) * as_scores(self.scale)
     if self.bias is not None:

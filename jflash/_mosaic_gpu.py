@@ -130,14 +130,6 @@ def _lay_out(x: Any, plan: _plan.Plan, dtype: Any) -> Any:
   return jnp.concatenate(launch.pieces(x, _launches(plan).pieces, dtype), axis=2)
 
 
-def _unit(logits: Logits) -> tuple[float, Logits]:
-  """A known scale that nothing but the mask comes after is left to the exponentials, which multiply anyway."""
-  terms = logits.bias, logits.alibi_slopes, logits.soft_cap, logits.score_mod
-  if isinstance(logits.scale, float) and logits.scale > 0 and all(term is None for term in terms):
-    return logits.scale, dataclasses.replace(logits, scale=1.0)
-  return 1.0, logits
-
-
 @functools.partial(jax.jit, static_argnames="plan")
 def forward(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule) -> tuple[Any, Any]:
   """`(out [B, T, N, E], lse [B, T, N])`."""
@@ -149,7 +141,7 @@ def forward(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule) ->
 
 
 def _forward(problem: Problem, visits: schedule.RowVisits, plan: _plan.Plan) -> tuple[Any, Any]:
-  unit, logits = _unit(problem.logits)
+  unit, logits = problem.logits.in_units()
   call = _call(problem, plan, _launches(plan).forward, unit)
   fold = call.fold
   rows = problem.queries * fold
@@ -179,7 +171,7 @@ def cotangent(problem: Problem, plan: _plan.Plan, visits: _plan.LaunchSchedule, 
 
 def _cotangent(problem: Problem, visits: _plan.LaunchSchedule, out: Any, lse: Any, dout: Any, dlse: Any, plan: _plan.Plan,
                wanted: tuple[bool, ...]) -> tuple[tuple[Any, Any, Any], list[Any]]:
-  unit, logits = _unit(problem.logits)
+  unit, logits = problem.logits.in_units()
   launches = _launches(plan)
   of_dq, of_dkv = (_call(problem, plan, of, unit) for of in (launches.dq, launches.dkv))
   dout, delta = softmax.row_cotangents(out, lse, dout, dlse)

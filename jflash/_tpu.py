@@ -54,7 +54,9 @@ def _too_long(problem: Problem) -> str | None:
 
 
 def _call(problem: Problem, plan: _plan.Plan) -> tpu.Call:
-  return tpu.Call(problem.queries, problem.keys, problem.groups, problem.product, plan.tiles, plan.kinds, plan.together, plan.interpret)
+  unit, _ = problem.logits.in_units()
+  return tpu.Call(problem.queries, problem.keys, problem.groups, problem.product, plan.tiles, plan.kinds, plan.together, unit,
+                  problem.logits.plain, plan.interpret)
 
 
 def _lead(x: Any, tile: int) -> Any:
@@ -70,7 +72,7 @@ def _fill(x: Any, axis: int, tile: int) -> Any:
 
 def _fill_logits(problem: Problem, plan: _plan.Plan) -> Any:
   fill = lambda x: functools.reduce(lambda y, a: y if y.shape[a] == 1 else _fill(y, a, plan.tiles[a - 2]), (2, 3), x)
-  return jax.tree.map(fill, problem.logits)
+  return jax.tree.map(fill, problem.logits.in_units()[1])
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -91,7 +93,7 @@ def cotangent(problem: Problem, plan: _plan.Plan, visits: _plan.Schedule, out: A
   dout, delta = softmax.row_cotangents(out, lse, dout, dlse)
   statistic = lambda x: _fill(x.astype(jnp.float32).transpose(0, 2, 1)[:, :, None, :], 3, rows)
   residuals = Residuals(_lead(problem.q, rows), _lead(problem.k, columns), _lead(problem.v, columns), _lead(dout, rows),
-                        statistic(lse), statistic(delta))
+                        statistic(lse / call.unit), statistic(delta))
   logits = _fill_logits(problem, plan)
   grads = tpu.backward(call, residuals, logits, visits.rows, visits.columns)
   back = lambda x, like: x[:, :, :like.shape[1]].transpose(0, 2, 1, 3).astype(like.dtype)

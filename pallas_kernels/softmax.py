@@ -66,9 +66,9 @@ def advance(m: Any, total: Any, s: Any, rows: Rows = COLUMNS, weight: Weight = n
   return highest, shrink * total + rows.sum(p), shrink, p
 
 
-def accumulate(state: State, s: Any, weigh: Callable[[Any], Any], rows: Rows = COLUMNS) -> State:
+def accumulate(state: State, s: Any, weigh: Callable[[Any], Any], rows: Rows = COLUMNS, weight: Weight = natural) -> State:
   """Adds a tile of scores; `weigh(p)` is p V for that tile's values."""
-  m, total, shrink, p = advance(state.m, state.total, s, rows)
+  m, total, shrink, p = advance(state.m, state.total, s, rows, weight)
   return State(m, total, rows.spread(shrink, state.acc.shape[-1]) * state.acc + weigh(p))
 
 
@@ -118,9 +118,8 @@ def weigh_masked(p: Any, s: Any, v: Any, dot: Callable[[Any, Any], Any]) -> Any:
 
   Finite values are the rule. Otherwise what is not finite is summed apart, over the keys each row does see.
   """
-  out = dot(p, finite(v))
-
-  def add_what_is_not_finite(out):
+  def add_what_is_not_finite(_):
+    out = dot(p, finite(v))
     seen = (s != -INF).astype(p.dtype)
     touched = lambda which: dot(seen, which.astype(v.dtype)) > 0
     wide = v.astype(jnp.float32)
@@ -128,6 +127,7 @@ def weigh_masked(p: Any, s: Any, v: Any, dot: Callable[[Any, Any], Any]) -> Any:
       out = out + jnp.where(touched(which), what, 0.0).astype(out.dtype)
     return out
 
+  out = dot(p, v)
   # Counted, because a maximum may lose a NaN: XLA's CPU compiler (JAX 0.10 to 0.12) does so when it reduces several axes.
-  broken = jnp.sum(jnp.where(jnp.abs(v.astype(jnp.float32)) < INF, 0.0, 1.0))
+  broken = jnp.sum(jnp.where(jnp.abs(out) < INF, 0.0, 1.0))
   return jax.lax.cond(broken == 0, lambda out: out, add_what_is_not_finite, out)

@@ -59,7 +59,7 @@ DQ_LIMIT = 28 * 2**20  # of `launch.VMEM_LIMIT`
 
 def _tile_gradients(call: launch.Call, logits: Any, tiles: Any, refs: Any, place: launch.Place, masked: bool,
                     wanted: int | None = None, turned: bool = False) -> tuple[Any, Any, Any]:
-  """(P, d(q·k), gradient of the wanted leaf's tile): everything that all passes compute alike.
+  """(P, d(q·k) / unit, gradient of the wanted leaf's tile): everything that all passes compute alike.
 
   With `turned`, keys are the rows of all of them: then lse and δ are rows as they lie in memory, and no lane moves.
   """
@@ -67,13 +67,14 @@ def _tile_gradients(call: launch.Call, logits: Any, tiles: Any, refs: Any, place
 
   def scores(qk, leaf):
     filled = [leaf if n == wanted else x for n, x in enumerate(tiles)]
-    return call.scores(logits, filled, place, qk, masked, turned)
+    return call.scores(logits, filled, place, qk, masked, turned, differentiated=not call.plain)
 
   nt = lambda product, of_query, of_key: product(*((of_key, of_query) if turned else (of_query, of_key)))
   leaf = jnp.zeros(()) if wanted is None else tiles[wanted]
-  s, pull = jax.vjp(scores, nt(functools.partial(call.product.scores, call.algebra), q_ref[...], k_ref[...]), leaf)
+  qk = nt(functools.partial(call.product.scores, call.algebra), q_ref[...], k_ref[...])
+  s, pull = (scores(qk, leaf), lambda ds: (ds, None)) if call.plain else jax.vjp(scores, qk, leaf)
   statistic = lambda ref: ref[...] if turned else leaves.spread(leaves.lanes(ref[...]), s.shape[1])
-  p = softmax.probabilities(s, statistic(lse_ref))
+  p = softmax.probabilities(s, statistic(lse_ref), call.weight)
   dp = call.drop(logits, tiles, nt(call.algebra.nt, dout_ref[...], v_ref[...]))
   ds = softmax.dscores(p, dp, statistic(delta_ref))
   if masked:  # statistics and operands of rows past the last query hold anything
@@ -102,7 +103,7 @@ def _dq(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.V
       acc_ref[...] += call.product.dq(call.algebra, dqk, q, k, masked)
 
     launch.by_kind(call, walk.code(codes, b, kv_head, n), step)
-    pl.when(last)(functools.partial(_store, dq_ref, acc_ref))
+    pl.when(last)(functools.partial(_store, dq_ref, acc_ref, call.unit))
 
   operands = launch.leaf_operands(logits, call.tiles, where) + residuals.operands(call, where)
   result = launch.Operand(residuals.q, launch.query_spec(width, call.tiles, where))
@@ -173,14 +174,14 @@ def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.
 
     @pl.when(last & (g == groups - 1))
     def _():
-      _store(dk_ref, dk_acc)
+      _store(dk_ref, dk_acc, call.unit)
       _store(dv_ref, dv_acc)
 
     if with_dq:
       @pl.when(n == walk.length - 1)
       def _():
         def store(g, rows):
-          dq_ref[0][g, rows] = dq_acc[0][g, rows].astype(dq_ref[0].dtype)
+          dq_ref[0][g, rows] = (call.unit * dq_acc[0][g, rows]).astype(dq_ref[0].dtype)
         each_query_tile(store)
 
   operands = launch.leaf_operands(logits, call.tiles, where) + residuals.operands(call, where)
@@ -257,5 +258,5 @@ def _zero(ref: Any) -> None:
   ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
 
-def _store(ref: Any, acc_ref: Any) -> None:
-  ref[...] = acc_ref[...].astype(ref.dtype)
+def _store(ref: Any, acc_ref: Any, unit: float = 1.0) -> None:
+  ref[...] = (unit * acc_ref[...]).astype(ref.dtype)

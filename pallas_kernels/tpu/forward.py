@@ -50,17 +50,21 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
         qk, ahead = ahead, scores_of(side + 1) if side + 1 < number else None
         *leaf_refs, _, v_ref = sides[side]
         tiles = launch.leaf_tiles(logits, leaf_refs)
-        s = call.scores(logits, tiles, places[side](b, h, step, codes), qk, masked)
+        s = call.scores(logits, tiles, places[side](b, h, step, codes), qk, masked, differentiated=False)
         dot = lambda p, v: call.algebra.nn(p.astype(v.dtype), v)
-        weigh = lambda p: softmax.weigh_masked(p, s, v_ref[...], dot) if masked else dot(p, v_ref[...])
+
+        def weigh(p):
+          p = call.drop(logits, tiles, p)
+          return softmax.weigh_masked(p, s, v_ref[...], dot) if masked else dot(p, v_ref[...])
+
         state = softmax.State(*(ref[...] for ref in state_refs))
-        _write(state_refs, softmax.accumulate(state, s, lambda p: weigh(call.drop(logits, tiles, p)), leaves.ROWS))
+        _write(state_refs, softmax.accumulate(state, s, weigh, leaves.ROWS, call.weight))
 
     launch.by_kinds(call, [walk.code(codes, b, kv_head, step * together + side) for side in range(together)], visit)
 
     @pl.when(last)
     def _():
-      out, lse = softmax.finish(softmax.State(*(ref[...] for ref in state_refs)), leaves.ROWS)
+      out, lse = softmax.finish(softmax.State(*(ref[...] for ref in state_refs)), leaves.ROWS, call.unit)
       out_ref[...] = out.astype(out_ref.dtype)
       lse_ref[...] = leaves.row(lse)
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import leaves, lookup, products, schedule
+from .. import leaves, lookup, products, schedule, softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Call:
   tiles: tuple[int, int]
   kinds: tuple[int, ...]  # of tiles, that may occur
   together: int  # visits in one step of the forward pass
+  unit: float  # the scores of `logits` are to be multiplied by this
+  plain: bool  # whether those of a full tile are its products
   interpret: Any
 
   def dot(self, a: Any, b: Any, contract: tuple[int, int]) -> Any:
@@ -44,7 +46,8 @@ class Call:
         nt=lambda q, k: self.dot(q, k, (1, 1)), nn=lambda s, k: self.dot(s, k, (1, 0)), tn=lambda s, q: self.dot(s, q, (0, 0)),
         lay_down=leaves.row, over_rows=lambda s: leaves.column(jnp.sum(s, axis=0, keepdims=True)))
 
-  def scores(self, logits: Any, tiles: Any, at: Place, qk: Any, masked: bool, turned: bool = False) -> Any:
+  def scores(self, logits: Any, tiles: Any, at: Place, qk: Any, masked: bool, turned: bool = False,
+             differentiated: bool = True) -> Any:
     """The scores of a tile, or their transpose; what lies past the last query or key is masked."""
     rows, columns = self.tiles
     line = lambda n, axis: lax.broadcasted_iota(jnp.int32, (1, n) if axis else (n, 1), axis)
@@ -56,7 +59,12 @@ class Call:
     if masked and self.keys % columns:
       inside = (column < self.keys) if inside is None else inside & (column < self.keys)
     tile = jax.tree.unflatten(jax.tree.structure(logits), tiles)
-    return tile.scores(qk, tile.coordinates(at.batch, at.head, row, column, _take, turned=turned), masked, inside)
+    return tile.scores(qk, tile.coordinates(at.batch, at.head, row, column, _take, turned=turned), masked, inside,
+                       differentiated)
+
+  @property
+  def weight(self) -> softmax.Weight:
+    return softmax.powers_of_two(self.unit)
 
   def drop(self, logits: Any, tiles: Any, x: Any) -> Any:
     """Dropout of a tile of weights, or of what multiplies them."""
