@@ -57,18 +57,20 @@ def start(rows: tuple[int, ...], width: int, dtype: Any) -> State:
   return State(zeros(1) - INF, zeros(1), zeros(width))
 
 
-def advance(m: Any, total: Any, s: Any, rows: Rows = COLUMNS, weight: Weight = natural) -> tuple[Any, Any, Any, Any]:
-  """(m, total, what was summed before shrinks by this, p) with a tile of scores."""
+def advance(m: Any, total: Any, s: Any, rows: Rows = COLUMNS, weight: Weight = natural,
+            all_see: bool = False) -> tuple[Any, Any, Any, Any]:
+  """(m, total, what was summed before shrinks by this, p) with a tile of scores, of which with `all_see` each row has a finite one."""
   highest = jnp.maximum(m, rows.max(s))
-  base = jnp.where(highest == -INF, 0.0, highest)  # rows that have seen nothing yet: exp(-inf - 0) = 0
+  base = highest if all_see else jnp.where(highest == -INF, 0.0, highest)  # rows that have seen nothing: exp(-inf - 0) = 0
   p = weight(s, rows.spread(base, s.shape[-1]))
   shrink = weight(m, base)
   return highest, shrink * total + rows.sum(p), shrink, p
 
 
-def accumulate(state: State, s: Any, weigh: Callable[[Any], Any], rows: Rows = COLUMNS, weight: Weight = natural) -> State:
+def accumulate(state: State, s: Any, weigh: Callable[[Any], Any], rows: Rows = COLUMNS, weight: Weight = natural,
+               all_see: bool = False) -> State:
   """Adds a tile of scores; `weigh(p)` is p V for that tile's values."""
-  m, total, shrink, p = advance(state.m, state.total, s, rows, weight)
+  m, total, shrink, p = advance(state.m, state.total, s, rows, weight, all_see)
   return State(m, total, rows.spread(shrink, state.acc.shape[-1]) * state.acc + weigh(p))
 
 

@@ -27,6 +27,9 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
   walk = launch.walk(visits)
   places = [walk.row_by_row(call.groups, together, side) for side in range(together)]
   count = len(jax.tree.leaves(logits)) + 2
+  # Plain scores are brought to powers of two as they leave the matrix unit, beside the softmax of the tile before: 85 bundles
+  # fewer for 512 x 512 on v6e than with the same multiplication within the exponentials.
+  unit = 1 / softmax.LOG2_E if call.plain else call.unit
 
   def kernel(codes, *refs):
     sides, (q_ref, out_ref, lse_ref, *state_refs) = refs[:together * count], refs[together * count:]
@@ -41,7 +44,8 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
 
     def scores_of(side):
       k_ref, _ = sides[side][-2:]
-      return call.product.scores(call.algebra, q_ref[...], k_ref[...])  # [rows, columns]
+      qk = call.product.scores(call.algebra, q_ref[...], k_ref[...])  # [rows, columns]
+      return qk * (call.unit / unit) if call.plain else qk
 
     def visit(masked, number):
       """Adds the first `number` visits. The product of the next runs beside the softmax of this one."""
@@ -58,13 +62,14 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
           return softmax.weigh_masked(p, s, v_ref[...], dot) if masked else dot(p, v_ref[...])
 
         state = softmax.State(*(ref[...] for ref in state_refs))
-        _write(state_refs, softmax.accumulate(state, s, weigh, leaves.ROWS, call.weight))
+        _write(state_refs, softmax.accumulate(state, s, weigh, leaves.ROWS, softmax.powers_of_two(unit),
+                                             all_see=call.plain and not masked))
 
     launch.by_kinds(call, [walk.code(codes, b, kv_head, step * together + side) for side in range(together)], visit)
 
     @pl.when(last)
     def _():
-      out, lse = softmax.finish(softmax.State(*(ref[...] for ref in state_refs)), leaves.ROWS, call.unit)
+      out, lse = softmax.finish(softmax.State(*(ref[...] for ref in state_refs)), leaves.ROWS, unit)
       out_ref[...] = out.astype(out_ref.dtype)
       lse_ref[...] = leaves.row(lse)
 
