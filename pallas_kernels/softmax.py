@@ -115,6 +115,11 @@ def finite(x: Any) -> Any:
   return jnp.where(jnp.isfinite(x.astype(jnp.float32)), x, jnp.zeros_like(x))
 
 
+def count_not_finite(x: Any) -> Any:
+  """Counted, because a maximum may lose a NaN: XLA's CPU compiler (JAX 0.10 to 0.12) does so when it reduces several axes."""
+  return jnp.sum(jnp.where(jnp.abs(x.astype(jnp.float32)) < INF, 0.0, 1.0))
+
+
 def weigh_masked(p: Any, s: Any, v: Any, dot: Callable[[Any, Any], Any]) -> Any:
   """p V where a key that a row does not see (s = -inf) must not touch it, even if its value is inf or NaN.
 
@@ -130,6 +135,4 @@ def weigh_masked(p: Any, s: Any, v: Any, dot: Callable[[Any, Any], Any]) -> Any:
     return out
 
   out = dot(p, v)
-  # Counted, because a maximum may lose a NaN: XLA's CPU compiler (JAX 0.10 to 0.12) does so when it reduces several axes.
-  broken = jnp.sum(jnp.where(jnp.abs(out) < INF, 0.0, 1.0))
-  return jax.lax.cond(broken == 0, lambda out: out, add_what_is_not_finite, out)
+  return jax.lax.cond(count_not_finite(out) == 0, lambda out: out, add_what_is_not_finite, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
   unit = 1 / softmax.LOG2_E if call.plain else call.unit
 
   def kernel(codes, *refs):
-    sides, (q_ref, out_ref, lse_ref, *state_refs) = refs[:together * count], refs[together * count:]
+    sides, (q_ref, out_ref, lse_ref, *state_refs, broken_ref) = refs[:together * count], refs[together * count:]
     sides = [sides[n:n + count] for n in range(0, together * count, count)]
     b, h, step = (pl.program_id(axis) for axis in range(3))
     kv_head = lax.div(h, call.groups)
@@ -47,11 +48,11 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
       qk = call.product.scores(call.algebra, q_ref[...], k_ref[...])  # [rows, columns]
       return qk * (call.unit / unit) if call.plain else qk
 
-    def visit(masked, number):
-      """Adds the first `number` visits. The product of the next runs beside the softmax of this one."""
-      ahead = scores_of(0)
-      for side in range(number):
-        qk, ahead = ahead, scores_of(side + 1) if side + 1 < number else None
+    def visit(masked, which, careful=False):
+      """Adds visits one after the other; the product of the next runs beside the softmax of this one."""
+      ahead = scores_of(which[0])
+      for n, side in enumerate(which):
+        qk, ahead = ahead, scores_of(which[n + 1]) if n + 1 < len(which) else None
         *leaf_refs, _, v_ref = sides[side]
         tiles = launch.leaf_tiles(logits, leaf_refs)
         s = call.scores(logits, tiles, places[side](b, h, step, codes), qk, masked, differentiated=False)
@@ -59,13 +60,33 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
 
         def weigh(p):
           p = call.drop(logits, tiles, p)
-          return softmax.weigh_masked(p, s, v_ref[...], dot) if masked else dot(p, v_ref[...])
+          return softmax.weigh_masked(p, s, v_ref[...], dot) if careful else dot(p, v_ref[...])
 
         state = softmax.State(*(ref[...] for ref in state_refs))
         _write(state_refs, softmax.accumulate(state, s, weigh, leaves.ROWS, softmax.powers_of_two(unit),
-                                             all_see=call.plain and not masked))
+                                              all_see=call.plain and not masked))
 
-    launch.by_kinds(call, [walk.code(codes, b, kv_head, step * together + side) for side in range(together)], visit)
+    kinds = [schedule.kind(walk.code(codes, b, kv_head, step * together + side)) for side in range(together)]
+    some = [kind != schedule.EMPTY for kind in kinds]
+    full = functools.reduce(jnp.logical_and, [kind == schedule.FULL for kind in kinds])
+    if schedule.FULL in call.kinds:
+      pl.when(full)(lambda: visit(False, range(together)))
+    if schedule.PARTIAL in call.kinds:  # a full tile beside a partial one is masked with it, and so is one alone: less code
+      masked = some[0] & ~full
+
+      @pl.when(masked)
+      def _():  # once for both tiles and before them: within the visits, this branch keeps all scores alive, and costs a quarter
+        broken = sum(softmax.count_not_finite(values[-1][...]) for values in sides)
+        broken_ref[0] = (broken > 0).astype(jnp.int32)
+
+      broken = broken_ref[0] > 0
+      pl.when(masked & some[-1] & ~broken)(lambda: visit(True, range(together)))
+      if together == 2:
+        pl.when(masked & ~some[1] & ~broken)(lambda: visit(True, [0]))
+      for side in range(together):
+        pl.when(masked & some[side] & broken)(functools.partial(visit, True, [side], careful=True))
+    elif together == 2:
+      pl.when(some[0] & ~some[1])(lambda: visit(False, [0]))
 
     @pl.when(last)
     def _():
@@ -84,6 +105,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
       launch.Operand(jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
                      launch.statistic_spec(call.tiles, places[0]))]
   scratch = [pltpu.VMEM((rows, n), jnp.float32) for n in (leaves.LANES, leaves.LANES, value_width)]
+  scratch.append(pltpu.SMEM((1,), jnp.int32))
   grid = batch, heads, walk.length // together
   out, lse = call.launch(kernel, "jflash_forward", grid, visits.codes.reshape(-1), operands, results, scratch, parallel=2)
   return out, lse

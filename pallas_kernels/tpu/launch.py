@@ -153,25 +153,6 @@ def by_kind(call: Call, code: Any, step: Callable[[bool], None]) -> None:
       pl.when(schedule.kind(code) == kind)(functools.partial(step, kind == schedule.PARTIAL))
 
 
-def by_kinds(call: Call, codes: list[Any], visit: Callable[[bool, int], None]) -> None:
-  """`visit(masked, number)` with the first `number` of one or two visits, of which only the second may be left over, EMPTY.
-
-  A full tile beside a partial one is masked with it, and one alone, too, as it is the last of its row: less code.
-  """
-  if len(codes) == 1:
-    by_kind(call, codes[0], functools.partial(visit, number=1))
-    return
-  a, b = map(schedule.kind, codes)
-  both, alone = (a != schedule.EMPTY) & (b != schedule.EMPTY), (a != schedule.EMPTY) & (b == schedule.EMPTY)
-  full = (a == schedule.FULL) & (b == schedule.FULL)
-  if schedule.FULL in call.kinds:
-    pl.when(full)(functools.partial(visit, False, 2))
-  masked = schedule.PARTIAL in call.kinds
-  if masked:
-    pl.when(both & ~full)(functools.partial(visit, True, 2))
-  pl.when(alone)(functools.partial(visit, masked, 1))
-
-
 def query_spec(width: int, tiles: tuple[int, int], where: Callable) -> pl.BlockSpec:
   """A block of `[B, N, T, width]`."""
   def index(*grid):
