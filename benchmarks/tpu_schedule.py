@@ -61,7 +61,7 @@ class Schedule:
     bundles: of the whole kernel, each counted once.
     capacity: unit -> slots in a bundle.
     use: unit -> slots used, of the whole kernel. VLOAD:FILL and VSTORE:SPILL are loads and stores of what was spilled.
-    steps: in the order of the code; for jflash's kernels the partial tile, then the full one.
+    steps: in the order of the code.
   """
 
   kernel: str

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import jflash
 
@@ -29,29 +30,62 @@ LENGTH, HEADS = 4096, 2
 UNIT = 512 * 512  # scores, for which bundles are counted
 BLOCKS = 512, 1024  # of splash attention, rows and columns
 UNITS = "MATMUL", "VALU", "XLU", "EUP", "VSTORE:SPILL"
-OURS = {"jflash_forward": "forward", "jflash_dq": "dQ", "jflash_dkv": "dK, dV"}
-SPLASH = {"splash_mha_fwd_residuals": "forward", "splash_mha_dq_no_residuals": "dQ", "splash_mha_dkv_no_residuals": "dK, dV"}
+KERNELS = "forward", "backward"
+OURS = {"jflash_forward": "forward", "jflash_backward": "backward"}
+SPLASH = {"splash_mha_fwd_residuals": "forward", "splash_mha_dq_no_residuals": "backward",
+          "splash_mha_dkv_no_residuals": "backward"}  # in two kernels, with seven products
+MASKS: Mapping[str, dict[str, Any]] = {"causal": {"is_causal": True}, "window": {"local_window_size": (1024, 0)}, "segments": {}}
+PRODUCTS = {"forward": 2, "backward": 5}
 LEGEND = f"""\
-bfloat16, causal, N = {LENGTH}, {HEADS} heads. full, partial: bundles for 512 x 512 scores in tiles without and with a mask, on the
-path that finite numbers take; splash attention has one kind of tile. × splash: full, as a multiple of splash attention's with the
-block size that suits it best. once: bundles for the first and the last tile of a row or column and for the grid, at most. MATMUL,
-VALU, XLU, EUP: the share of that unit's slots that a full tile uses (matrix products, vector arithmetic, moves across lanes,
-exponentials). spills: the share of the slots for vector stores that go to spills. A bundle is a cycle as long as nothing waits for
-memory: that, and copies between chip and memory, are left out.
+bfloat16, N = {LENGTH}, {HEADS} heads. full, partial, alone: bundles for 512 x 512 scores in tiles without a mask, with one,
+and with one at the end of a row that has an odd number of tiles, on the path that finite numbers take; splash attention has
+one kind of tile. × splash: full, as a multiple of splash attention's (causal) with the block size that suits it best,
+backward both of its kernels together. × its kernel: the same with all of the code in its kernels. once: bundles for the first
+and the last tile of a row or column, for the grid, and, ours, to see whether V is finite before a tile with a mask; at most.
+MATMUL, VALU, XLU, EUP: the share of that unit's slots that a full tile uses (matrix products, vector arithmetic, moves across
+lanes, exponentials). spills: the share of the slots for vector stores that go to spills.
+
+KiB: what a full tile brings from memory, for 512 x 512 scores. TFLOP/s: what a core would reach on full tiles by the larger
+of bundles / clock and KiB / bandwidth, with 2 products forward and 5 backward counted; of peak: as a share of its matrix
+units'. Left out: the waits of products and copies that start late, contention for memory, power, and the steps above that are
+taken once. Clocks are peak / (operations that the matrix units do in a cycle). Segments are ids in arrays; which tiles they
+empty is known at run time only.
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class Core:
+  """What its makers say of a chip, for one of its tensor cores."""
+
+  peak: float  # bfloat16 operations a second
+  bandwidth: float  # bytes a second
+  per_cycle: int  # operations of the matrix units in a cycle
+
+  @property
+  def clock(self) -> float:
+    return self.peak / self.per_cycle
+
+
+# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm: 4 units of 128 x 128, or 4 of 256 x 256 from v6e on.
+CORES = {"v5e": Core(197e12, 819e9, 4 * 2 * 128**2), "v5p": Core(459e12 / 2, 2765e9 / 2, 4 * 2 * 128**2),
+         "v6e": Core(918e12, 1640e9, 4 * 2 * 256**2), "tpu7x": Core(2307e12 / 2, 7380e9 / 2, 4 * 2 * 256**2)}
+
+
 def cases() -> dict[str, tuple[Callable, tuple]]:
-  """Forward and backward, by who and at which width."""
+  """Forward and backward, by who, which mask and which width."""
   operand = lambda width: jax.ShapeDtypeStruct((HEADS, LENGTH, width), "bfloat16")
-  splash = {f"splash {block} {width}": (_both(_splash(block)), (operand(width),) * 4) for width in WIDTHS for block in BLOCKS}
-  return ours() | splash
+  splash = {f"splash {block} causal {width}": (_both(_splash(block)), (operand(width),) * 4)
+            for width in WIDTHS for block in BLOCKS}
+  others = {case: run for mask in MASKS if mask != "causal" for case, run in ours(mask).items()}
+  return ours() | others | splash
 
 
-def ours() -> dict[str, tuple[Callable, tuple]]:
-  attend = functools.partial(jflash.attention, is_causal=True, implementation="tpu")
+def ours(mask: str = "causal") -> dict[str, tuple[Callable, tuple]]:
+  ids = lambda: jnp.zeros((1, LENGTH), "int32")
+  options = MASKS[mask] | ({"query_segment_ids": ids(), "key_value_segment_ids": ids()} if mask == "segments" else {})
+  attend = functools.partial(jflash.attention, **options, implementation="tpu")
   operand = lambda width: jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), "bfloat16")
-  return {f"jflash {width}": (_both(attend), (operand(width),) * 4) for width in WIDTHS}
+  return {f"jflash {mask} {width}": (_both(attend), (operand(width),) * 4) for width in WIDTHS}
 
 
 def _both(attend: Callable) -> Callable:
@@ -72,52 +106,73 @@ def _splash(block: int) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-  """Of one kernel on one chip: bundles for 512 x 512 scores, and the share of slots that units use in a full tile."""
+  """Of a pass on one chip: bundles for 512 x 512 scores, the share of slots that units use in a full tile, and what it loads."""
 
   full: float
   partial: float | None
+  alone: float | None
   once: float
   shares: Mapping[str, float]
+  loaded: float  # bytes for 512 x 512 scores
+
+  def __add__(self, other: Figures) -> Figures:
+    """Of two kernels, one after the other."""
+    weigh = lambda a, b: (self.full * a + other.full * b) / (self.full + other.full)
+    return Figures(self.full + other.full, None, None, self.once + other.once,
+                   {unit: weigh(share, other.shares[unit]) for unit, share in self.shares.items()}, self.loaded + other.loaded)
 
 
-def figures(schedule: Schedule, tile: int) -> Figures:
+def figures(schedule: Schedule, tile: int, loaded: float = 0.0) -> Figures:
   """
   Args:
-    schedule: of a kernel that has a step for partial tiles and one for full ones, or one step.
-    tile: scores of a step.
+    schedule: of a kernel with one step for all tiles, or of one of ours: a step for partial tiles and one for full ones, or for two
+      full ones at once, for two with a mask, for one with a mask, and those for values that are not finite.
+    tile: scores of a tile.
+    loaded: bytes that come from memory with a tile.
   """
   steps = [UNIT / tile * step.bundles for step in schedule.steps]
   once = schedule.bundles - sum(step.bundles + step.rare for step in schedule.steps)
-  shares = {unit: schedule.share(unit) for unit in UNITS if unit in schedule.capacity}
-  return Figures(steps[-1], steps[0] if len(steps) > 1 else None, UNIT / tile * once, shares)
+  if len(steps) == 5:
+    full, (whole, partial, alone) = 0, (steps[0] / 2, steps[1] / 2, steps[2])
+  else:
+    full, (whole, partial, alone) = len(steps) - 1, (steps[-1], steps[0] if len(steps) > 1 else None, None)
+  shares = {unit: schedule.share(unit, full) for unit in UNITS if unit in schedule.capacity}
+  return Figures(whole, partial, alone, UNIT / tile * once, shares, UNIT / tile * loaded)
 
 
-def measure(chip: str, make: str = "cases") -> dict[tuple[str, str, str], Figures]:
-  """(who, width, kernel) -> figures; of jflash alone with `make` "ours"."""
-  found = {}
+def measure(chip: str, make: str = "cases") -> dict[tuple[str, str, str, str], Figures]:
+  """(who, mask, width, pass) -> figures; of jflash with a causal mask alone with `make` "ours"."""
+  found: dict[tuple[str, str, str, str], Figures] = {}
   for case, several in tpu_schedule.schedules(f"benchmarks.tpu_static:{make}", chip).items():
-    who, _, width = case.rpartition(" ")
-    side = 512 if who == "jflash" else int(who.split()[1])  # `_plan.plan_tpu`'s, for these widths
-    names = OURS if who == "jflash" else SPLASH
-    found |= {(who, width, names[schedule.kernel]): figures(schedule, side**2) for schedule in several}
+    *who, mask, width = case.split()
+    side = 512 if who == ["jflash"] else int(who[1])  # `_plan.plan_tpu`'s, for these widths
+    for schedule in several:
+      kernel = (OURS | SPLASH)[schedule.kernel]
+      # Two operands a tile: keys and values, or queries and cotangents, whichever the grid does not keep. Statistics are small.
+      one, key = figures(schedule, side**2, 2 * side * int(width) * 2), (" ".join(who), mask, width, kernel)
+      found[key] = found[key] + one if key in found else one
   return found
 
 
-def rows(chip: str, found: Mapping[tuple[str, str, str], Figures]) -> list[report.Line]:
-  kernels, made = list(OURS.values()), []
-  for who, width, kernel in sorted(found, key=lambda key: (int(key[1]), kernels.index(key[2]), key[0])):
-    f = found[who, width, kernel]
-    columns = {"chip": chip, "d": width, "kernel": kernel, "": who, "full": f"{f.full:.0f}",
-               "× splash": f"{f.full / _best(found, width, kernel):.2f}", "partial": report.text(f.partial, ".0f"),
-               "once": f"{f.once:.0f}"}
+def rows(chip: str, found: Mapping[tuple[str, str, str, str], Figures]) -> list[report.Line]:
+  made, core = [], CORES[chip]
+  for who, mask, width, kernel in sorted(found, key=lambda key: (int(key[2]), KERNELS.index(key[3]), key[0], key[1])):
+    f, best = found[who, mask, width, kernel], _best(found, width, kernel)
+    work = PRODUCTS[kernel] * 2 * UNIT * int(width)
+    seconds = max(f.full / core.clock, f.loaded / core.bandwidth)
+    columns = {"chip": chip, "d": width, "pass": kernel, "": who, "mask": mask, "full": f"{f.full:.0f}",
+               "× splash": f"{f.full / best.full:.2f}", "× its kernel": f"{f.full / (best.full + best.once):.2f}",
+               "partial": report.text(f.partial, ".0f"), "alone": report.text(f.alone, ".0f"), "once": f"{f.once:.0f}"}
     shares = {("spills" if unit == "VSTORE:SPILL" else unit): f"{share:.2f}" for unit, share in f.shares.items()}
-    made.append(report.Line(name=who, columns=columns | shares))
+    model = {"KiB": f"{f.loaded / 1024:.0f}", "TFLOP/s": f"{work / seconds / 1e12:.0f}",
+             "of peak": f"{work / seconds / core.peak:.2f}"}
+    made.append(report.Line(name=who, columns=columns | shares | model))
   return made
 
 
-def _best(found: Mapping[tuple[str, str, str], Figures], width: str, kernel: str) -> float:
-  """Bundles of splash attention with the block size that suits it best."""
-  return min(f.full for (who, *case), f in found.items() if who != "jflash" and case == [width, kernel])
+def _best(found: Mapping[tuple[str, str, str, str], Figures], width: str, kernel: str) -> Figures:
+  """Of splash attention with the block size that suits it best."""
+  return min((f for (who, _, *case), f in found.items() if who != "jflash" and case == [width, kernel]), key=lambda f: f.full)
 
 
 def versions() -> str:
@@ -126,24 +181,24 @@ def versions() -> str:
 
 
 def recorded() -> dict[str, dict[str, dict[str, list[int]]]]:
-  """versions -> chip -> "width kernel" -> bundles of a full and of a partial tile."""
+  """versions -> chip -> "width pass" -> bundles of a full tile, a partial one and one alone."""
   return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
-def to_record(found: Mapping[tuple[str, str, str], Figures]) -> dict[str, list[int]]:
-  return {f"{width} {kernel}": [round(f.full), round(f.partial)]
-          for (who, width, kernel), f in found.items() if who == "jflash" and f.partial is not None}
+def to_record(found: Mapping[tuple[str, str, str, str], Figures]) -> dict[str, list[int]]:
+  return {f"{width} {kernel}": [round(x) for x in (f.full, f.partial, f.alone) if x is not None]
+          for (who, mask, width, kernel), f in found.items() if who == "jflash" and mask == "causal"}
 
 
-def plot(path: pathlib.Path, found: Mapping[str, Mapping[tuple[str, str, str], Figures]]) -> None:
-  """Bundles of a full tile as shares of splash attention's best, in a panel for each kernel."""
+def plot(path: pathlib.Path, found: Mapping[str, Mapping[tuple[str, str, str, str], Figures]]) -> None:
+  """Bundles of a full tile as shares of splash attention's best, in a panel for each pass."""
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
-  figure, axes = plt.subplots(1, len(OURS), figsize=(11, 3.4), sharey=True, layout="constrained")
-  for panel, kernel in zip(axes, OURS.values()):
+  figure, axes = plt.subplots(1, len(KERNELS), figsize=(9, 3.4), sharey=True, layout="constrained")
+  for panel, kernel in zip(axes, KERNELS):
     for n, width in enumerate(map(str, WIDTHS)):
-      values = [table["jflash", width, kernel].full / _best(table, width, kernel) for table in found.values()]
+      values = [table["jflash", "causal", width, kernel].full / _best(table, width, kernel).full for table in found.values()]
       panel.bar([x + 0.27 * (n - 1) for x in range(len(found))], values, 0.25, color=f"C{n}", label=f"d = {width}")
     panel.axhline(1.0, color="0.3", linewidth=1)
     panel.set_title(f"{kernel}, full tiles")

@@ -101,8 +101,8 @@ def row(column: Any) -> Any:
 
 
 def spread(x: Any, width: int) -> Any:
-  """`[n, 128]` with the same number in all lanes, as what broadcasts against `[n, width]`; no lane moves where 128 divides that."""
-  return x[:, :1] if width % LANES else jnp.concatenate([x] * (width // LANES), axis=1)
+  """`[n, 128]` with the same number in all lanes, as `[n, width]`; no lane moves."""
+  return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
 
 
 def _highest(s: Any) -> Any:

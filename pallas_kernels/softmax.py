@@ -59,7 +59,7 @@ def start(rows: tuple[int, ...], width: int, dtype: Any) -> State:
 
 def advance(m: Any, total: Any, s: Any, rows: Rows = COLUMNS, weight: Weight = natural,
             all_see: bool = False) -> tuple[Any, Any, Any, Any]:
-  """(m, total, what was summed before shrinks by this, p) with a tile of scores, of which with `all_see` each row has a finite one."""
+  """(m, total, what was summed before shrinks by this, p) with a tile of scores; `all_see`: each of its rows has a finite one."""
   highest = jnp.maximum(m, rows.max(s))
   base = highest if all_see else jnp.where(highest == -INF, 0.0, highest)  # rows that have seen nothing: exp(-inf - 0) = 0
   p = weight(s, rows.spread(base, s.shape[-1]))

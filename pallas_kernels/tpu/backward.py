@@ -50,7 +50,7 @@ def backward(call: launch.Call, residuals: Residuals, logits: Any, rows: schedul
 def in_one_kernel(call: launch.Call, q: Any) -> bool:
   """Whether dQ of all query heads of a kv head finds room on chip: five products a tile rather than seven."""
   per_number = 4 + 2 * q.dtype.itemsize  # the sum, and what is copied out behind it
-  held = call.groups * _whole_tiles(q.shape[2], call.tiles[0]) * q.shape[3] * per_number
+  held = call.groups * _whole_tiles(q.shape[2], call.tiles[0]) * _whole_tiles(q.shape[3], leaves.LANES) * per_number
   return call.product is products.Dot and held <= DQ_LIMIT
 
 

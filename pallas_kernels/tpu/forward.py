@@ -48,23 +48,26 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
       qk = call.product.scores(call.algebra, q_ref[...], k_ref[...])  # [rows, columns]
       return qk * (call.unit / unit) if call.plain else qk
 
+    def add(masked, careful, side, qk):
+      *leaf_refs, _, v_ref = sides[side]
+      tiles = launch.leaf_tiles(logits, leaf_refs)
+      s = call.scores(logits, tiles, places[side](b, h, step, codes), qk, masked, differentiated=False)
+      dot = lambda p, v: call.algebra.nn(p.astype(v.dtype), v)
+
+      def weigh(p):
+        p = call.drop(logits, tiles, p)
+        return softmax.weigh_masked(p, s, v_ref[...], dot) if careful else dot(p, v_ref[...])
+
+      state = softmax.State(*(ref[...] for ref in state_refs))
+      _write(state_refs, softmax.accumulate(state, s, weigh, leaves.ROWS, softmax.powers_of_two(unit),
+                                            all_see=call.plain and not masked))
+
     def visit(masked, which, careful=False):
       """Adds visits one after the other; the product of the next runs beside the softmax of this one."""
       ahead = scores_of(which[0])
       for n, side in enumerate(which):
         qk, ahead = ahead, scores_of(which[n + 1]) if n + 1 < len(which) else None
-        *leaf_refs, _, v_ref = sides[side]
-        tiles = launch.leaf_tiles(logits, leaf_refs)
-        s = call.scores(logits, tiles, places[side](b, h, step, codes), qk, masked, differentiated=False)
-        dot = lambda p, v: call.algebra.nn(p.astype(v.dtype), v)
-
-        def weigh(p):
-          p = call.drop(logits, tiles, p)
-          return softmax.weigh_masked(p, s, v_ref[...], dot) if careful else dot(p, v_ref[...])
-
-        state = softmax.State(*(ref[...] for ref in state_refs))
-        _write(state_refs, softmax.accumulate(state, s, weigh, leaves.ROWS, softmax.powers_of_two(unit),
-                                              all_see=call.plain and not masked))
+        add(masked, careful, side, qk)
 
     kinds = [schedule.kind(walk.code(codes, b, kv_head, step * together + side)) for side in range(together)]
     some = [kind != schedule.EMPTY for kind in kinds]
@@ -75,9 +78,8 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
       masked = some[0] & ~full
 
       @pl.when(masked)
-      def _():  # once for both tiles and before them: within the visits, this branch keeps all scores alive, and costs a quarter
-        broken = sum(softmax.count_not_finite(values[-1][...]) for values in sides)
-        broken_ref[0] = (broken > 0).astype(jnp.int32)
+      def _():  # before the visits: within them, the branch on this keeps all scores alive, and costs a quarter
+        broken_ref[0] = functools.reduce(jnp.add, [softmax.count_not_finite(values[-1][...]) for values in sides])
 
       broken = broken_ref[0] > 0
       pl.when(masked & some[-1] & ~broken)(lambda: visit(True, range(together)))
@@ -105,7 +107,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
       launch.Operand(jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
                      launch.statistic_spec(call.tiles, places[0]))]
   scratch = [pltpu.VMEM((rows, n), jnp.float32) for n in (leaves.LANES, leaves.LANES, value_width)]
-  scratch.append(pltpu.SMEM((1,), jnp.int32))
+  scratch.append(pltpu.SMEM((1,), jnp.float32))
   grid = batch, heads, walk.length // together
   out, lse = call.launch(kernel, "jflash_forward", grid, visits.codes.reshape(-1), operands, results, scratch, parallel=2)
   return out, lse
