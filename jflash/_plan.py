@@ -143,9 +143,7 @@ def plan_tpu(problem: Problem) -> Plan:
   up = lambda n: 128 * math.ceil(n / 128)
   blocks = _blocks(problem, side)
   tiles = _forced_tiles.get() or (min(up(blocks[0]), up(problem.queries)), min(up(blocks[1]), up(problem.keys)))
-  # Products in full float32 take most of the time themselves, and of the compiler's time, too.
-  pays = problem.keys > tiles[1] and problem.dtype != jnp.float32
-  return Plan(tiles, (1, 1), False, interpreting(), together=2 if pays else 1)
+  return Plan(tiles, (1, 1), False, interpreting(), together=2 if problem.keys > tiles[1] else 1)
 
 
 def plan_mosaic_gpu(problem: Problem) -> Plan:
