@@ -22,6 +22,7 @@ from ._program import is_program
 
 _interpreting: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_interpret", default=False)
 _forced_tiles: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_tiles", default=None)
+_forced_passes: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_passes", default=None)
 _forced_launches: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_launches", default=None)
 
 
@@ -57,6 +58,7 @@ class Plan:
   interpret: Any  # False, True, or Pallas' interpreter parameters
   kinds: tuple[int, ...] = (schedule.PARTIAL, schedule.FULL)  # of tiles that have to be reckoned with, besides EMPTY
   together: int = 1  # visits that the forward pass of "tpu" computes in one step, 1 or 2
+  one_kernel: bool = False  # whether its backward pass is one kernel, with dQ of all queries on chip
   launches: _tiles_gpu.Launches | None = None  # of "mosaic_gpu"
 
 
@@ -95,6 +97,16 @@ def force_tiles(query_rows: int, key_columns: int):
 
 
 @contextlib.contextmanager
+def force_passes(together: int, one_kernel: bool):
+  """Makes the passes of "tpu" of so many visits a step, and of one or two kernels backward, for tests and for comparing them."""
+  token = _forced_passes.set((together, one_kernel))
+  try:
+    yield
+  finally:
+    _forced_passes.reset(token)
+
+
+@contextlib.contextmanager
 def force_launches(launches: _tiles_gpu.Launches):
   """Cuts the kernels of "mosaic_gpu" up like this instead, for benchmarks that compare ways to do it."""
   token = _forced_launches.set(launches)
@@ -110,7 +122,7 @@ def interpreting() -> Any:
 
 def context() -> Any:
   """What a plan depends on besides the problem: a static argument for compiled functions that make plans inside."""
-  return _interpreting.get(), _forced_tiles.get(), _forced_launches.get(), _tiles_gpu.context(), platform()
+  return _interpreting.get(), _forced_tiles.get(), _forced_passes.get(), _forced_launches.get(), _tiles_gpu.context(), platform()
 
 
 def platform() -> str:
@@ -143,7 +155,19 @@ def plan_tpu(problem: Problem) -> Plan:
   up = lambda n: 128 * math.ceil(n / 128)
   blocks = _blocks(problem, side)
   tiles = _forced_tiles.get() or (min(up(blocks[0]), up(problem.queries)), min(up(blocks[1]), up(problem.keys)))
-  return Plan(tiles, (1, 1), False, interpreting(), together=2 if problem.keys > tiles[1] else 1)
+  together, one_kernel = _forced_passes.get() or (2 if problem.keys > tiles[1] else 1, _dq_fits(problem, tiles))
+  return Plan(tiles, (1, 1), False, interpreting(), together=together, one_kernel=one_kernel)
+
+
+DQ_LIMIT = 28 * 2**20  # bytes, of the 48 MiB that a kernel may use on a TPU
+
+
+def _dq_fits(problem: Problem, tiles: tuple[int, int]) -> bool:
+  """Whether dQ of all query heads of a kv head finds room on chip: its sums, and what is copied out of them in two buffers."""
+  up = lambda n, tile: tile * math.ceil(n / tile)
+  itemsize = 2 if problem.q.dtype == jnp.bfloat16 else 4
+  held = problem.groups * up(problem.queries, tiles[0]) * up(problem.width, 128) * (4 + 2 * itemsize)
+  return problem.product is products.Dot and held <= DQ_LIMIT
 
 
 def plan_mosaic_gpu(problem: Problem) -> Plan:

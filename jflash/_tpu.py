@@ -55,8 +55,8 @@ def _too_long(problem: Problem) -> str | None:
 
 def _call(problem: Problem, plan: _plan.Plan) -> tpu.Call:
   unit, _ = problem.logits.in_units()
-  return tpu.Call(problem.queries, problem.keys, problem.groups, problem.product, plan.tiles, plan.kinds, plan.together, unit,
-                  problem.logits.plain, plan.interpret)
+  return tpu.Call(problem.queries, problem.keys, problem.groups, problem.product, plan.tiles, plan.kinds, plan.together,
+                  plan.one_kernel, unit, problem.logits.plain, plan.interpret)
 
 
 def _lead(x: Any, tile: int) -> Any:

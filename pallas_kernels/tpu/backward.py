@@ -39,22 +39,12 @@ class Residuals(NamedTuple):
 def backward(call: launch.Call, residuals: Residuals, logits: Any, rows: schedule.Visits,
              columns: schedule.Visits) -> tuple[Any, Any, Any]:
   """(dq, dk, dv), laid out as q, k, v, in their dtypes; dq may have more rows."""
-  if in_one_kernel(call, residuals.q):
+  if call.one_kernel:
     dk, dv, dq = _dkv(call, residuals, logits, columns, with_dq=True)
   else:
     dk, dv = _dkv(call, residuals, logits, columns)
     dq = _dq(call, residuals, logits, rows)
   return dq, dk, dv
-
-
-def in_one_kernel(call: launch.Call, q: Any) -> bool:
-  """Whether dQ of all query heads of a kv head finds room on chip: five products a tile rather than seven."""
-  per_number = 4 + 2 * q.dtype.itemsize  # the sum, and what is copied out behind it
-  held = call.groups * _whole_tiles(q.shape[2], call.tiles[0]) * _whole_tiles(q.shape[3], leaves.LANES) * per_number
-  return call.product is products.Dot and held <= DQ_LIMIT
-
-
-DQ_LIMIT = 28 * 2**20  # of `launch.VMEM_LIMIT`
 
 
 def _tile_gradients(call: launch.Call, logits: Any, tiles: Any, refs: Any, place: launch.Place, masked: bool,

@@ -30,6 +30,7 @@ class Call:
   tiles: tuple[int, int]
   kinds: tuple[int, ...]  # of tiles, that may occur
   together: int  # visits in one step of the forward pass
+  one_kernel: bool  # whether the backward pass is one kernel: five products a tile rather than seven
   unit: float  # the scores of `logits` are to be multiplied by this
   plain: bool  # whether those of a full tile are its products
   interpret: Any
