@@ -44,7 +44,7 @@ def powers_of_two(unit: float) -> Weight:
 
 
 class State(NamedTuple):
-  """What has been seen of some rows: m = max s, total = Σ exp(s - m), acc = Σ exp(s - m) v."""
+  """What has been seen of some rows: m = max s, or less with slack, total = Σ exp(s - m), acc = Σ exp(s - m) v."""
 
   m: Any  # [..., rows, 1], or as `Rows` has it
   total: Any  # [..., rows, 1]
@@ -58,19 +58,25 @@ def start(rows: tuple[int, ...], width: int, dtype: Any) -> State:
 
 
 def advance(m: Any, total: Any, s: Any, rows: Rows = COLUMNS, weight: Weight = natural,
-            all_see: bool = False) -> tuple[Any, Any, Any, Any]:
-  """(m, total, what was summed before shrinks by this, p) with a tile of scores; `all_see`: each of its rows has a finite one."""
+            slack: float = 0.0, all_see: bool = False) -> tuple[Any, Any, Any, Any]:
+  """(m, total, what was summed before shrinks by this, p) with a tile of scores; `all_see`: each of its rows has a finite one.
+
+  With `slack` m stays, and the last but one is exactly 1, where the scores exceed m by no more than that. m is then any base of
+  the powers, p may be as large as the weight of `slack`, and what `finish` returns is the same.
+  """
   highest = jnp.maximum(m, rows.max(s))
+  if slack:
+    highest = jnp.where(highest - m > slack, highest, m)  # m where both are -inf
   base = highest if all_see else jnp.where(highest == -INF, 0.0, highest)  # rows that have seen nothing: exp(-inf - 0) = 0
   p = weight(s, rows.spread(base, s.shape[-1]))
-  shrink = weight(m, base)
+  shrink = weight(m - base, 0.0) if slack else weight(m, base)  # the latter is 1 only up to rounding where m stays
   return highest, shrink * total + rows.sum(p), shrink, p
 
 
 def accumulate(state: State, s: Any, weigh: Callable[[Any], Any], rows: Rows = COLUMNS, weight: Weight = natural,
                all_see: bool = False) -> State:
   """Adds a tile of scores; `weigh(p)` is p V for that tile's values."""
-  m, total, shrink, p = advance(state.m, state.total, s, rows, weight, all_see)
+  m, total, shrink, p = advance(state.m, state.total, s, rows, weight, all_see=all_see)
   return State(m, total, rows.spread(shrink, state.acc.shape[-1]) * state.acc + weigh(p))
 
 

@@ -55,6 +55,13 @@ def _bias_bfloat16(rng, z):
   return {"bias": rng.normal(size=(1, z.N, z.T, z.S)).astype(ml_dtypes.bfloat16), "is_causal": True}, rows(z) >= columns(z)
 
 
+def _maxima_that_grow(rng, z):
+  """From tile to tile by 3, by 6, by 3; in odd rows by 9, by 3, by 12: the output is rescaled from 8 / log2(e) = 5.5 on."""
+  steps = np.array([[0, 3, 9, 12], [0, 9, 12, 24]], np.float32)
+  return {"bias": steps[np.arange(z.T)[:, None] % 2, columns(z) // 64][None, None]}, True
+
+
+_KNOWN["maxima_that_grow"] = Case("maxima_that_grow", GROUPS, _maxima_that_grow)
 _KNOWN["block_sparse_of_whole_tiles"] = Case("block_sparse_of_whole_tiles", GROUPS, _large_blocks)
 _KNOWN["bias_in_bfloat16"] = Case("bias_in_bfloat16", GROUPS, _bias_bfloat16)
 
@@ -63,6 +70,7 @@ SHAPES = [
     walk("multi_query", N=4),
     walk("width_96", H=96, E=49), walk("width_7", H=7, E=11), walk("one_query", T=1), walk("one_key", S=1),
     walk("one_of_everything", Sizes(1, 1, 1, 1, 1, 1, 1)), walk("huge_logits", SQUARE),
+    walk("maxima_that_grow", S=250), walk("maxima_that_grow", dtype="float16", tiles=(128, 64), T=130, S=250),
     # A warpgroup for each 64 rows, or in dK and dV columns.
     walk("causal_square", SQUARE, tiles=(128, 64), S=130), walk("causal_square", SQUARE, tiles=(64, 128)),
     walk("plain", SQUARE, tiles=(128, 128), T=200, S=190), walk("causal_square", SQUARE, tiles=None, T=150, S=150),

@@ -51,6 +51,12 @@ def test_what_must_be_fast(plain, case):
     assert kernel.registers * kernel.threads <= REGISTERS
 
 
+@pytest.mark.parametrize("case", gpu_compile_cases.plain())
+def test_rescaling_is_a_branch(plain, case):
+  """In warps where some maximum grew, by a vote, which nothing else in the kernel holds."""
+  assert plain[case].kernel("jflash_forward").opcodes["VOTE"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", gpu_compile_cases.features())
 def test_features(features, case):

@@ -56,6 +56,48 @@ def test_any_split_is_the_dense_softmax(drawn):
   assert not out[(s == -np.inf).all(-1)].any()
 
 
+def grown(kind):
+  """Scores `[ROWS, KEYS]` for tiles of two keys; the last row sees nothing."""
+  rng, keys = np.random.default_rng(0), np.arange(KEYS)
+  s = {"random": lambda: 10 * rng.normal(size=(ROWS, KEYS)),
+       "growing": lambda: np.outer(np.linspace(0.1, 4, ROWS), keys),
+       "a little": lambda: np.outer(np.linspace(0.1, 0.4, ROWS), keys),
+       "far": lambda: 400.0 * (keys > 6) + 3.0 * (keys > 3) + rng.normal(size=(ROWS, KEYS)),
+       "huge": lambda: 1e4 * rng.normal(size=(ROWS, KEYS)),
+       "masked": lambda: np.where((rng.random((ROWS, KEYS)) < 0.6) | (keys < 4), -np.inf, 6 * rng.normal(size=(ROWS, KEYS)))}[kind]()
+  s[-1] = -np.inf
+  return s.astype(np.float32)
+
+
+@pytest.mark.parametrize("unit", [None, 1.0, 0.125])
+@pytest.mark.parametrize("kind", ["random", "growing", "a little", "far", "huge", "masked"])
+def test_slack_changes_the_base_alone(kind, unit):
+  """The maximum stays where the scores exceed it by no more than the slack, and out and lse are what they are without."""
+  s, v = grown(kind), np.random.default_rng(1).normal(size=(KEYS, WIDTH)).astype(np.float32)
+  weight = softmax.natural if unit is None else softmax.powers_of_two(unit)
+  unit = unit or 1.0
+  slack = 8 / (unit * softmax.LOG2_E)
+  state, stays, moves = softmax.start((ROWS,), WIDTH, jnp.float32), 0, 0
+  for lo in range(0, KEYS, 2):
+    tile, before = jnp.asarray(s[:, lo:lo + 2]), state.m
+    m, total, shrink, p = softmax.advance(before, state.total, tile, weight=weight, slack=slack)
+    state = softmax.State(m, total, shrink * state.acc + p @ v[lo:lo + 2])
+    kept = np.asarray((m == before) & (before > -np.inf))
+    assert (np.asarray(shrink)[kept] == 1).all() and (np.asarray(p) <= 2 ** 8 * (1 + 1e-4)).all()
+    assert (np.asarray(shrink)[~kept] < 2 ** -7.9).all()
+    over = np.asarray(tile).max(-1, keepdims=True) > np.asarray(before)
+    stays, moves = stays + (kept & over).sum(), moves + (over & ~kept & np.isfinite(before)).sum()
+  out, lse = softmax.finish(state, unit=unit)
+  want_out, want_lse = dense(unit * s.astype(np.float64), v)
+  error = 1e-5 + 2.0 ** -21 * unit * np.max(np.abs(s), where=np.isfinite(s), initial=0)
+  np.testing.assert_allclose(out, want_out, rtol=error, atol=error)
+  np.testing.assert_allclose(lse, want_lse, rtol=1e-6, atol=1e-5)
+  assert not np.asarray(out)[-1].any() and (np.asarray(lse)[-1] == -np.inf).all()
+  if unit == 1:
+    assert stays or kind == "huge"
+    assert moves or kind == "a little"
+
+
 def parts(drawn, cuts=(4, 9)):
   s, v, _ = drawn
   return [tuple(map(np.float32, dense(s[:, lo:hi], v[lo:hi]))) for lo, hi in zip((0, *cuts), (*cuts, KEYS))]

@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import schedule, softmax
 from . import launch, leaves, mend
+
+_GROWTH = 8  # by so many powers of two weights may exceed 1 before the output is rescaled
 
 
 class Tiles(NamedTuple):
@@ -71,12 +74,12 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
                                 q_loaded)
       plgpu.barrier_wait(q_loaded)
 
-      def weights(batch, head, row, key, qk, m, total, masked):
+      def weights(batch, head, row, key, qk, m, total, masked, slack=0.0):
         """(m, total, shrink, P after dropout, 1 for what is seen) with the keys from `key` on."""
         window = leaves.Window(batch, head, row, key, *qk.shape)
         tiles = call.tiles_of(logits, leaf_refs, window)
         s = call.scores(logits, tiles, window, qk, masked)
-        m, total, shrink, p = softmax.advance(m, total, s, call.rows, call.weight)
+        m, total, shrink, p = softmax.advance(m, total, s, call.rows, call.weight, slack)
         return m, total, shrink, call.drop(logits, tiles, p), jnp.where(s == -softmax.INF, 0.0, 1.0)
 
       fill = lambda x: launch.in_layout(jnp.full((launch.WARPGROUP_ROWS,), x, jnp.float32), 1)
@@ -84,7 +87,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
           jnp.zeros((launch.WARPGROUP_ROWS, value_width), jnp.float32)))
       attend = _overlapped if call.overlapped else _in_turn
       tiles = Tiles(q_tile, keys, values, getattr(memory, "p", None), getattr(memory, "turn", None))
-      state = attend(call, tiles, warpgroup, walk, functools.partial(weights, batch, head, row), start)
+      state = attend(call, tiles, warpgroup, walk, functools.partial(weights, batch, head, row, slack=_slack(call)), start)
       out, lse = softmax.finish(state, call.rows, call.unit)
 
       def leave_lse():
@@ -179,7 +182,8 @@ def _overlapped(call: launch.Call, tiles: Tiles, warpgroup: Any, walk: launch.Wa
     tiles.values.release(n - 1)
     # P becomes an operand again only after the product that read the last one has ended, or ptxas lets none overlap (C7513).
     acc, p = lax.optimization_barrier((acc, p))
-    return acc * call.rows.spread(shrink, acc.shape[1]), m, total, p
+    # Partial tiles, few as a rule, go without the branch: with one in either loop ptxas spills more.
+    return acc * call.rows.spread(shrink, acc.shape[1]) if masked else _rescale(acc, shrink), m, total, p
 
   def visit_all(state):
     m, total, p = first(state)
@@ -228,3 +232,35 @@ def _scores(call: launch.Call, tiles: Tiles, n: Any) -> Any:
                      plgpu.ACC((launch.WARPGROUP_ROWS, call.tiles[1]), jnp.float32))
   tiles.keys.release(n)
   return s
+
+
+def _slack(call: launch.Call) -> float:
+  """What a row's maximum may grow by while the output stays as it is, in units of the scores."""
+  if call.dropped and call.dtype == jnp.float16:
+    return 0.0  # dropout makes weights larger still, and float16 ends at 2^16
+  return min(_GROWTH / (call.unit * softmax.LOG2_E), 1e38)  # finite, for the first scores must exceed -inf by more
+
+
+def _rescale(acc: Any, shrink: Any) -> Any:
+  """`acc [64, width]` times `shrink [64]`, in warps where that is not 1 for all of their rows."""
+  from jax.experimental.mosaic import gpu as mgpu
+  from jaxlib.mlir import ir
+  from jaxlib.mlir.dialects import arith, nvvm, scf, vector
+
+  @plgpu.inline_mgpu(arg_types=(leaves.WGMMA, leaves.WGMMA.reduce(1)),
+                     return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=leaves.WGMMA))
+  def multiply(context, acc, shrink):
+    del context
+    one, lanes = arith.constant(ir.F32Type.get(), 1.0), arith.constant(ir.IntegerType.get_signless(32), 0xffffffff)
+    others = [arith.cmpf(arith.CmpFPredicate.UNE, vector.extract(x, [], [0]), one) for x in shrink.registers.flat]
+    # With a branch of each thread's own ptxas spills more.
+    wanted = nvvm.vote_sync(lanes, functools.reduce(arith.ori, others), nvvm.VoteSyncKind.any)
+    branch = scf.IfOp(wanted, [x.type for x in acc.registers.flat], has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+      scf.yield_(list((acc * shrink.broadcast_in_dim(acc.shape, (0,), acc.layout)).registers.flat))
+    with ir.InsertionPoint(branch.else_block):
+      scf.yield_(list(acc.registers.flat))
+    registers = np.array(list(branch.results), dtype=object).reshape(acc.registers.shape)
+    return mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
+
+  return multiply(acc, shrink)

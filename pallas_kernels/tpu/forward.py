@@ -27,14 +27,15 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
   value_width, rows, together = v.shape[3], call.tiles[0], call.together
   walk = launch.walk(visits)
   places = [walk.row_by_row(call.groups, together, side) for side in range(together)]
-  count = len(jax.tree.leaves(logits)) + 2
+  count = len(jax.tree.leaves(logits))
   # Plain scores are brought to powers of two as they leave the matrix unit, beside the softmax of the tile before: 85 bundles
   # fewer for 512 x 512 on v6e than with the same multiplication within the exponentials.
   unit = 1 / softmax.LOG2_E if call.plain else call.unit
 
   def kernel(codes, *refs):
-    sides, (q_ref, out_ref, lse_ref, *state_refs, broken_ref) = refs[:together * count], refs[together * count:]
-    sides = [sides[n:n + count] for n in range(0, together * count, count)]
+    leaf_refs, (q_ref, *refs) = refs[:together * count], refs[together * count:]
+    key_refs, (out_ref, lse_ref, *state_refs, broken_ref) = refs[:2 * together], refs[2 * together:]
+    sides = [(leaf_refs[side * count:][:count], *key_refs[2 * side:][:2]) for side in range(together)]
     b, h, step = (pl.program_id(axis) for axis in range(3))
     kv_head = lax.div(h, call.groups)
     first, last = walk.ends(codes, b, kv_head, step * together, together)
@@ -44,12 +45,12 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
       _write(state_refs, softmax.start((rows,), value_width, jnp.float32))
 
     def scores_of(side):
-      k_ref, _ = sides[side][-2:]
+      _, k_ref, _ = sides[side]
       qk = call.product.scores(call.algebra, q_ref[...], k_ref[...])  # [rows, columns]
       return qk * (call.unit / unit) if call.plain else qk
 
     def add(masked, careful, side, qk):
-      *leaf_refs, _, v_ref = sides[side]
+      leaf_refs, _, v_ref = sides[side]
       tiles = launch.leaf_tiles(logits, leaf_refs)
       s = call.scores(logits, tiles, places[side](b, h, step, codes), qk, masked, differentiated=False)
       dot = lambda p, v: call.algebra.nn(p.astype(v.dtype), v)
@@ -79,7 +80,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
 
       @pl.when(masked)
       def _():  # before the visits: within them, the branch on this keeps all scores alive, and costs a quarter
-        broken_ref[0] = functools.reduce(jnp.add, [softmax.count_not_finite(values[-1][...]) for values in sides])
+        broken_ref[0] = functools.reduce(jnp.add, [softmax.count_not_finite(v_ref[...]) for _, _, v_ref in sides])
 
       broken = broken_ref[0] > 0
       pl.when(masked & some[-1] & ~broken)(lambda: visit(True, range(together)))
@@ -96,11 +97,10 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
       out_ref[...] = out.astype(out_ref.dtype)
       lse_ref[...] = leaves.row(lse)
 
-  operands = []
-  for where in places:
-    operands += launch.leaf_operands(logits, call.tiles, where) + [
-        launch.Operand(x, launch.key_spec(x.shape[3], call.tiles, call.groups, where)) for x in (k, v)]
-  operands.append(launch.Operand(q, launch.query_spec(width, call.tiles, places[0])))
+  operands = [
+      *(operand for where in places for operand in launch.leaf_operands(logits, call.tiles, where)),
+      launch.Operand(q, launch.query_spec(width, call.tiles, places[0])),
+      *(launch.Operand(x, launch.key_spec(x.shape[3], call.tiles, call.groups, where)) for where in places for x in (k, v))]
   results = [
       launch.Operand(jax.ShapeDtypeStruct((batch, heads, queries, value_width), q.dtype),
                      launch.query_spec(value_width, call.tiles, places[0])),
