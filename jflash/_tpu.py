@@ -93,7 +93,7 @@ def cotangent(problem: Problem, plan: _plan.Plan, visits: _plan.Schedule, out: A
   dout, delta = softmax.row_cotangents(out, lse, dout, dlse)
   statistic = lambda x: _fill(x.astype(jnp.float32).transpose(0, 2, 1)[:, :, None, :], 3, rows)
   residuals = Residuals(_lead(problem.q, rows), _lead(problem.k, columns), _lead(problem.v, columns), _lead(dout, rows),
-                        statistic(lse / call.unit), statistic(delta))
+                        statistic(lse), statistic(delta))
   logits = _fill_logits(problem, plan)
   grads = tpu.backward(call, residuals, logits, visits.rows, visits.columns)
   back = lambda x, like: x[:, :, :like.shape[1]].transpose(0, 2, 1, 3).astype(like.dtype)

@@ -61,10 +61,10 @@ def _tile_gradients(call: launch.Call, logits: Any, tiles: Any, refs: Any, place
 
   nt = lambda product, of_query, of_key: product(*((of_key, of_query) if turned else (of_query, of_key)))
   leaf = jnp.zeros(()) if wanted is None else tiles[wanted]
-  qk = nt(functools.partial(call.product.scores, call.algebra), q_ref[...], k_ref[...])
+  qk = nt(call.products, q_ref[...], k_ref[...])
   s, pull = (scores(qk, leaf), lambda ds: (ds, None)) if call.plain else jax.vjp(scores, qk, leaf)
   statistic = lambda ref: ref[...] if turned else leaves.spread(leaves.lanes(ref[...]), s.shape[1])
-  p = softmax.probabilities(s, statistic(lse_ref), call.weight)
+  p = softmax.probabilities(s, statistic(lse_ref))
   dp = call.drop(logits, tiles, nt(call.algebra.nt, dout_ref[...], v_ref[...]))
   ds = softmax.dscores(p, dp, statistic(delta_ref))
   if masked:  # statistics and operands of rows past the last query hold anything

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import leaves, lookup, products, schedule, softmax
+from .. import leaves, lookup, products, schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Call:
   kinds: tuple[int, ...]  # of tiles, that may occur
   together: int  # visits in one step of the forward pass
   one_kernel: bool  # whether the backward pass is one kernel: five products a tile rather than seven
-  unit: float  # the scores of `logits` are to be multiplied by this
-  plain: bool  # whether those of a full tile are its products
+  unit: float  # by which products are multiplied if `plain`, as `logits` then do not
+  plain: bool  # whether nothing but the mask comes after that
   interpret: Any
 
   def dot(self, a: Any, b: Any, contract: tuple[int, int]) -> Any:
@@ -63,9 +63,10 @@ class Call:
     return tile.scores(qk, tile.coordinates(at.batch, at.head, row, column, _take, turned=turned), masked, inside,
                        differentiated)
 
-  @property
-  def weight(self) -> softmax.Weight:
-    return softmax.powers_of_two(self.unit)
+  def products(self, q: Any, k: Any) -> Any:
+    """What `scores` starts from, `[rows, columns]`, as it leaves the matrix unit: there a multiplication costs least."""
+    qk = self.product.scores(self.algebra, q, k)
+    return qk * self.unit if self.plain else qk
 
   def drop(self, logits: Any, tiles: Any, x: Any) -> Any:
     """Dropout of a tile of weights, or of what multiplies them."""
