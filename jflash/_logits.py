@@ -50,7 +50,7 @@ class Logits:
     return isinstance(self.scale, float) and self.scale > 0 and all(term is None for term in terms)
 
   def in_units(self) -> tuple[float, Logits]:
-    """(unit, logits) with these scores = unit · those: a known scale is left to the exponentials, which multiply anyway."""
+    """(unit, logits) with these scores = unit · those: a known scale is left to the kernels, which place it better."""
     return (self.scale, dataclasses.replace(self, scale=1.0)) if self.plain else (1.0, self)
 
   def scores(self, qk: Any, at: Coordinates, masked: bool, inside: Any = None, differentiated: bool = True) -> Any:

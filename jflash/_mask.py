@@ -35,8 +35,8 @@ class Coordinates(NamedTuple):
   """Where the scores of a tile lie: batch and head numbers, row and column numbers, query and key positions.
 
   On elements these are integer arrays that broadcast to the tile (rows and q vary along its second-to-last axis, columns and k
-  along its last, or the other way round if `turned`); on tiles rows, columns, q and k
-  are `Span`s. Positions are the row and column numbers unless the caller gave others, and so are batch and head numbers.
+  along its last, or the other way round if `turned`); on tiles rows, columns, q and k are `Span`s. Positions are the row and
+  column numbers unless the caller gave others, and so are batch and head numbers.
   """
 
   batch: Any

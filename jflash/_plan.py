@@ -63,6 +63,14 @@ class Plan:
 
 
 @contextlib.contextmanager
+def _within(variable: contextvars.ContextVar[Any], value: Any):
+  token = variable.set(value)
+  try:
+    yield
+  finally:
+    variable.reset(token)
+
+
 def interpret(params: Any = True):
   """Runs kernel backends in the Pallas interpreter, on any device: slow, and exact enough to test with.
 
@@ -79,41 +87,22 @@ def interpret(params: Any = True):
     >>> out.shape
     (1, 8, 2, 4)
   """
-  token = _interpreting.set(params)
-  try:
-    yield
-  finally:
-    _interpreting.reset(token)
+  return _within(_interpreting, params)
 
 
-@contextlib.contextmanager
 def force_tiles(query_rows: int, key_columns: int):
   """Takes these tile sizes instead of the chosen ones, for tests of what lies on the border of a tile."""
-  token = _forced_tiles.set((query_rows, key_columns))
-  try:
-    yield
-  finally:
-    _forced_tiles.reset(token)
+  return _within(_forced_tiles, (query_rows, key_columns))
 
 
-@contextlib.contextmanager
 def force_passes(together: int, one_kernel: bool):
   """Makes the passes of "tpu" of so many visits a step, and of one or two kernels backward, for tests and for comparing them."""
-  token = _forced_passes.set((together, one_kernel))
-  try:
-    yield
-  finally:
-    _forced_passes.reset(token)
+  return _within(_forced_passes, (together, one_kernel))
 
 
-@contextlib.contextmanager
 def force_launches(launches: _tiles_gpu.Launches):
   """Cuts the kernels of "mosaic_gpu" up like this instead, for benchmarks that compare ways to do it."""
-  token = _forced_launches.set(launches)
-  try:
-    yield
-  finally:
-    _forced_launches.reset(token)
+  return _within(_forced_launches, launches)
 
 
 def interpreting() -> Any:

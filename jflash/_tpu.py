@@ -56,7 +56,7 @@ def _too_long(problem: Problem) -> str | None:
 def _call(problem: Problem, plan: _plan.Plan) -> tpu.Call:
   unit, _ = problem.logits.in_units()
   return tpu.Call(problem.queries, problem.keys, problem.groups, problem.product, plan.tiles, plan.kinds, plan.together,
-                  plan.one_kernel, unit, problem.logits.plain, plan.interpret)
+                  plan.one_kernel, unit, plan.interpret)
 
 
 def _lead(x: Any, tile: int) -> Any:

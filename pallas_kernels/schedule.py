@@ -74,7 +74,8 @@ def visits(kinds: Any, most: int | None = None, together: int = 1) -> Visits:
   listed = some | (~xp.any(some, axis=-1, keepdims=True) & (column == 0))
   if together == 2:
     codes, listed = _even(codes, listed)
-    columns, most = columns + 1, None if most is None else most + rows
+    longest = rows * (columns + columns % 2)
+    columns, most = columns + 1, longest if most is None else min(longest, most + rows)
   counts = xp.sum(listed, axis=-1, dtype=np.int32)
   starts = xp.concatenate([xp.zeros((*lead, 1), np.int32), xp.cumsum(counts, axis=-1, dtype=np.int32)], axis=-1)
   total = starts[..., -1:]

@@ -94,6 +94,32 @@ def test_what_is_left_over_repeats_the_last_tile_as_empty(table):
       assert (codes[at][end:] >> 2 == codes[at][end - 1] >> 2).all()
 
 
+_traced_pairs = jax.jit(lambda kinds: schedule.visits(kinds, together=2))
+
+
+@QUICK
+@given(tables())
+def test_rows_are_filled_up_to_pairs_of_visits(table):
+  """An odd row gets an EMPTY visit at the tile of the visit two before: of the pairs that follow each other, that half stays."""
+  kinds = schedule.kinds(*table)
+  single, static, traced = schedule.visits(kinds), schedule.visits(kinds, together=2), _traced_pairs(kinds)
+  assert static.codes.shape[-1] == static.starts[..., -1].max()
+  np.testing.assert_array_equal(static.starts, traced.starts)
+  np.testing.assert_array_equal(static.codes, traced.codes[..., :static.codes.shape[-1]])
+  rows, columns = kinds.shape[2:]
+  assert traced.codes.shape[-1] == rows * (columns + columns % 2)
+  codes = np.asarray(traced.codes)
+  for at in np.ndindex(*codes.shape[:2]):
+    for r in range(rows):
+      alone = single.codes[at][single.starts[at][r]:single.starts[at][r + 1]]
+      paired = codes[at][static.starts[at][r]:static.starts[at][r + 1]]
+      np.testing.assert_array_equal(paired[:alone.size], alone)
+      np.testing.assert_array_equal(paired[alone.size:], [alone[max(alone.size - 2, 0)] >> 2 << 2] * (alone.size % 2))
+    end = static.starts[at][-1]
+    assert (schedule.kind(codes[at][end:]) == schedule.EMPTY).all()
+    assert (codes[at][end:].reshape(-1, 2) >> 2 == codes[at][end - 2:end] >> 2).all()
+
+
 _cut = jax.jit(lambda kinds, count, most: (schedule.first(kinds, count), schedule.visits(kinds, most)), static_argnums=(1, 2))
 
 

@@ -245,8 +245,6 @@ def test_without_a_tpu_the_reason_is_given():
     jflash.attention(q, q, q, implementation="tpu")
 
 
-
-
 @pytest.mark.slow
 def test_a_bound_on_blocks_makes_the_lists_of_many_heads_fit():
   """32 heads of 128 x 128 traced tiles take 2 MiB of a scalar memory of 1 MiB, and with at most 8 in a row an eighth of one."""

@@ -57,12 +57,12 @@ def _tile_gradients(call: launch.Call, logits: Any, tiles: Any, refs: Any, place
 
   def scores(qk, leaf):
     filled = [leaf if n == wanted else x for n, x in enumerate(tiles)]
-    return call.scores(logits, filled, place, qk, masked, turned, differentiated=not call.plain)
+    return call.scores(logits, filled, place, qk, masked, turned, differentiated=not logits.plain)
 
   nt = lambda product, of_query, of_key: product(*((of_key, of_query) if turned else (of_query, of_key)))
   leaf = jnp.zeros(()) if wanted is None else tiles[wanted]
   qk = nt(call.products, q_ref[...], k_ref[...])
-  s, pull = (scores(qk, leaf), lambda ds: (ds, None)) if call.plain else jax.vjp(scores, qk, leaf)
+  s, pull = (scores(qk, leaf), lambda ds: (ds, None)) if logits.plain else jax.vjp(scores, qk, leaf)
   statistic = lambda ref: ref[...] if turned else leaves.spread(leaves.lanes(ref[...]), s.shape[1])
   p = softmax.probabilities(s, statistic(lse_ref))
   dp = call.drop(logits, tiles, nt(call.algebra.nt, dout_ref[...], v_ref[...]))

@@ -20,7 +20,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
 
   Args:
     call: sizes, tiles, launch options.
-    logits: a pytree of arrays `[B|1, N|1, T|1, S|1, …]` with methods `coordinates` and `scores`.
+    logits: a pytree of arrays `[B|1, N|1, T|1, S|1, …]` with methods `coordinates` and `scores`, and `plain`.
     visits: row by row; their number in a row divides by `call.together`.
   """
   batch, heads, queries, width = q.shape
@@ -56,7 +56,7 @@ def forward(call: launch.Call, q: Any, k: Any, v: Any, logits: Any, visits: sche
         return softmax.weigh_masked(p, s, v_ref[...], dot) if careful else dot(p, v_ref[...])
 
       state = softmax.State(*(ref[...] for ref in state_refs))
-      _write(state_refs, softmax.accumulate(state, s, weigh, leaves.ROWS, all_see=call.plain and not masked))
+      _write(state_refs, softmax.accumulate(state, s, weigh, leaves.ROWS, all_see=logits.plain and not masked))
 
     def visit(masked, which, careful=False):
       """Adds visits one after the other; the product of the next runs beside the softmax of this one."""

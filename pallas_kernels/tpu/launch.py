@@ -31,8 +31,7 @@ class Call:
   kinds: tuple[int, ...]  # of tiles, that may occur
   together: int  # visits in one step of the forward pass
   one_kernel: bool  # whether the backward pass is one kernel: five products a tile rather than seven
-  unit: float  # by which products are multiplied if `plain`, as `logits` then do not
-  plain: bool  # whether nothing but the mask comes after that
+  unit: float  # by which products are multiplied, as `logits` then do not
   interpret: Any
 
   def dot(self, a: Any, b: Any, contract: tuple[int, int]) -> Any:
@@ -66,7 +65,7 @@ class Call:
   def products(self, q: Any, k: Any) -> Any:
     """What `scores` starts from, `[rows, columns]`, as it leaves the matrix unit: there a multiplication costs least."""
     qk = self.product.scores(self.algebra, q, k)
-    return qk * self.unit if self.plain else qk
+    return qk if self.unit == 1.0 else qk * self.unit
 
   def drop(self, logits: Any, tiles: Any, x: Any) -> Any:
     """Dropout of a tile of weights, or of what multiplies them."""
