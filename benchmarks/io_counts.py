@@ -7,6 +7,7 @@ proportion to the density of a block-sparse mask.
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,10 +41,10 @@ class Shape:
 PAPER = Shape(batch=64, length=1024, heads=16, width=64)  # Figure 2, left
 
 
-def count(shape: Shape, tiles: tuple[int, int] | None = None, backward: bool = True, **mask: Any) -> Ledger:
+def count(shape: Shape, tiles: tuple[int, int] | None = None, backward: bool = True, as_used: bool = False, **mask: Any) -> Ledger:
   """The ledger of the TPU kernels, forward and backward; `tiles` (rows, columns) instead of those that are chosen.
 
-  Of those that hold a tile at a time, one visit a step and dQ in a kernel of its own, whatever the length.
+  Of those that hold a tile at a time, one visit a step and dQ in a kernel of its own, whatever the length; or of those `as_used`.
   """
   def forward(q, k, v):
     return jflash.attention(q, k, v, implementation="tpu", **mask)
@@ -53,7 +54,12 @@ def count(shape: Shape, tiles: tuple[int, int] | None = None, backward: bool = T
     return out, pullback(dout)
 
   # Interpreted kernels are traced like any other, and ask for no chip.
-  with jflash.interpret(), _plan.force_passes(1, False), _plan.force_tiles(*tiles) if tiles else contextlib.nullcontext():
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jflash.interpret())
+    if not as_used:
+      stack.enter_context(_plan.force_passes(1, False))
+    if tiles:
+      stack.enter_context(_plan.force_tiles(*tiles))
     return ledger(both if backward else forward, *[shape.array] * (4 if backward else 3))
 
 
@@ -134,6 +140,32 @@ def line(rows: Sequence[Sparse]) -> tuple[float, float, float]:
   x, y = np.array([r.density for r in rows]), np.array([r.kernel_bytes for r in rows], float)
   slope, intercept = np.polyfit(x, y, 1)
   return float(slope), float(intercept), 1 - float(np.var(y - slope * x - intercept) / np.var(y))
+
+
+# Windows --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Walked:
+  """One pass under a window of so many keys, or none: its grid steps, what its kernels move, and the longest list of visits."""
+
+  length: int
+  window: int | None
+  direction: str
+  steps: int
+  bytes: int
+  list_bytes: int
+
+
+def walked(length: int, window: int | None, width: int = 128) -> list[Walked]:
+  """Forward and backward, of one head and a causal mask, by the kernels as they are used."""
+  mask: dict[str, Any] = {"is_causal": True} if window is None else {"local_window_size": (window - 1, 0)}
+  kernels = count(Shape(1, length, 1, width), as_used=True, **mask).kernels
+  found = []
+  for direction, some in (("forward", kernels[:1]), ("backward", kernels[1:])):
+    steps, moved = sum(math.prod(k.grid) for k in some), sum(k.bytes for k in some)
+    found.append(Walked(length, window, direction, steps, moved, max(k.reads[0].bytes for k in some)))
+  return found
 
 
 # The paper's setting --------------------------------------------------------------------------------------------------

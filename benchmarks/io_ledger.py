@@ -12,8 +12,10 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from jflash import _plan
+
 from . import io_counts, machine, options, report, standard
-from .io_counts import ALL, PAPER, Point, Shape, Sparse
+from .io_counts import ALL, PAPER, Point, Shape, Sparse, Walked
 from .ledger import Ledger
 from .report import Line, Table
 
@@ -39,6 +41,24 @@ SPARSE_LEGEND = """\
 Blocks of 128 x 128, of which a random share is kept; tiles are as large as the blocks. × density 1: share of the bytes of a full
 table. The line is fitted to all but the first row, a mask that keeps nothing.
 """
+
+
+WINDOW_LEGEND = """\
+One head, d {width}, bfloat16, the tiles and passes that are used: the backward pass is one kernel where dQ of all queries finds
+room on chip, and two beyond. window: keys that a query sees, itself included; causal: all up to itself. steps: of the grids. list:
+the longest list of visits, which lies in scalar memory; there is room for {most} visits of 4 bytes.
+"""
+
+
+def window_table(width: int, found: Sequence[Walked]) -> Table:
+  def row(x):
+    return Line(name=x.direction, columns={
+      "pass": x.direction, "window": "causal" if x.window is None else str(x.window), "N": str(x.length), "steps": str(x.steps),
+      "MB": f"{x.bytes / 1e6:.1f}", "KiB for each query": f"{x.bytes / x.length / 2**10:.2f}",
+      "list, KiB": f"{x.list_bytes / 2**10:.2f}"})
+
+  ordered = sorted(found, key=lambda x: (x.direction != "forward", x.window or sys.maxsize, x.length))
+  return Table("Windows", list(map(row, ordered)), WINDOW_LEGEND.format(width=width, most=_plan.MOST_VISITS))
 
 
 def setting_table(shape: Shape, found: dict[str, Ledger]) -> Table:
@@ -130,6 +150,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       help="of the comparison with standard attention: batch, length, heads, width")
   parser.add_argument("--sparse-length", type=int, default=8192, help="N of the block-sparse masks")
   parser.add_argument("--densities", type=int, default=16, metavar="COUNT", help="of block-sparse masks, from 1/COUNT to 1")
+  parser.add_argument("--window-lengths", type=options.integers, default=[8192, 16384, 32768, 65536, 131072], help="N of windows")
   return parser.parse_args(argv)
 
 
@@ -148,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     passes_table(f"Passes of jflash, tiles of {_by(fitting)}", found[fitting]),
     standard_table("Passes of standard attention, bare", standard.BARE, shape),
     standard_table("Passes of standard attention, unfused", standard.UNFUSED, shape),
-    sparse_table(args.sparse_length, 64, rows)]
+    sparse_table(args.sparse_length, 64, rows),
+    window_table(128, [x for n in args.window_lengths for w in (1024, None) for x in io_counts.walked(n, w)])]
   header = {"Counted": "no device was used"} | machine.software() | options.command("io_ledger", argv)
   points = [p for some in fits.values() for p in some if p.kernel == ALL]
   options.write(args.out, report.document("Bytes moved by the TPU kernels, forward and backward", header, tables),

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 import jflash
+from jflash._tiles_tpu import CORES
 
 from . import chips, options, report, tpu_schedule
 from .tpu_schedule import Schedule
@@ -54,28 +55,10 @@ only.
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Core:
-  """What its makers say of a chip, for one of its tensor cores."""
-
-  peak: float  # bfloat16 operations a second
-  bandwidth: float  # bytes a second
-  per_cycle: int  # operations of the matrix units in a cycle
-
-  @property
-  def clock(self) -> float:
-    return self.peak / self.per_cycle
-
-
-# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm: 4 units of 128 x 128, or 4 of 256 x 256 from v6e on.
-CORES = {"v5e": Core(197e12, 819e9, 4 * 2 * 128**2), "v5p": Core(459e12 / 2, 2765e9 / 2, 4 * 2 * 128**2),
-         "v6e": Core(918e12, 1640e9, 4 * 2 * 256**2), "tpu7x": Core(2307e12 / 2, 7380e9 / 2, 4 * 2 * 256**2)}
-
-
 def cases() -> dict[str, tuple[Callable, tuple]]:
   """Forward and backward, by who, which mask and which width."""
   operand = lambda width: jax.ShapeDtypeStruct((HEADS, LENGTH, width), "bfloat16")
-  splash = {f"splash {block} causal {width}": (_both(_splash(block)), (operand(width),) * 4)
+  splash = {f"splash {block} causal {width}": (both(_splash(block)), (operand(width),) * 4)
             for width in WIDTHS for block in BLOCKS}
   others = {case: run for mask in MASKS if mask != "causal" for case, run in ours(mask).items()}
   return ours() | others | splash
@@ -86,10 +69,10 @@ def ours(mask: str = "causal") -> dict[str, tuple[Callable, tuple]]:
   options = MASKS[mask] | ({"query_segment_ids": ids(), "key_value_segment_ids": ids()} if mask == "segments" else {})
   attend = functools.partial(jflash.attention, **options, implementation="tpu")
   operand = lambda width: jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), "bfloat16")
-  return {f"jflash {mask} {width}": (_both(attend), (operand(width),) * 4) for width in WIDTHS}
+  return {f"jflash {mask} {width}": (both(attend), (operand(width),) * 4) for width in WIDTHS}
 
 
-def _both(attend: Callable) -> Callable:
+def both(attend: Callable) -> Callable:
   def run(q, k, v, dout):
     out, pull = jax.vjp(attend, q, k, v)
     return out, pull(dout)

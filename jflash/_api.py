@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
               return_residual: bool = False, query_positions: Any = None, key_value_positions: Any = None,
               query_segment_ids: Any = None, key_value_segment_ids: Any = None, logits_soft_cap: Any = None,
               alibi_slopes: Any = None, score_mod: Any = None, score_operands: Any = (), sinks: Any = None,
-              dropout_rate: float = 0.0, dropout_key: Any = None, batch_ids: Any = None, head_ids: Any = None) -> Any:
+              dropout_rate: float = 0.0, dropout_key: Any = None, batch_ids: Any = None, head_ids: Any = None,
+              tiles: tuple[int, int] | None = None) -> Any:
   r"""Exact attention in linear memory; a superset of `jax.nn.dot_product_attention`.
 
       s   = cap(score_mod(scale · q·k + bias - slope · |q position - k position|)), -inf where the mask keeps nothing
@@ -57,6 +59,8 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
     dropout_key: a key from `jax.random.key`. What is dropped depends on it, on batch, head and positions, and on nothing else.
     batch_ids, head_ids: integers `[B]` and `[N]` in place of batch and head numbers in `score_mod`, `masks.Custom` and dropout:
       what a shard holds of a larger batch.
+    tiles: (query rows, key columns) computed at a time, in both passes; by default chosen for the problem and the chip, and shown
+      by `jflash.explain`. Multiples of 128 for "tpu"; of 64, and at most 192, for "mosaic_gpu".
 
   Returns:
     `out [B, T, N, E]` in the inputs' dtype; with `return_residual` also `lse [B, T, N]`, float32 (float64 for float64), which
@@ -83,19 +87,20 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
                          logits_soft_cap=logits_soft_cap, alibi_slopes=alibi_slopes, score_mod=score_mod,
                          score_operands=score_operands, dropout_rate=dropout_rate, dropout_key=dropout_key,
                          batch_ids=batch_ids, head_ids=head_ids)
-  out, lse = compute(problem, sinks, implementation)
+  out, lse = compute(problem, sinks, implementation, tiles)
   if jnp.ndim(query) == 3:
     out, lse = out[0], lse[0]
   return (out, lse) if return_residual else out
 
 
-def compute(problem: Problem, sinks: Any, implementation: str | None) -> tuple[Any, Any]:
+def compute(problem: Problem, sinks: Any, implementation: str | None, tiles: Any = None) -> tuple[Any, Any]:
   """`(out [B, T, N, E], lse [B, T, N])` by the backend that is named or chosen."""
   if sinks is not None:
     sinks = _check.sinks(sinks, problem.heads)
-  backend, _ = _backends.select(problem, implementation)
-  plan = backend.plan(problem)
-  visits = _plan.make_schedule(problem, plan)
+  with contextlib.nullcontext() if tiles is None else _plan.force_tiles(*_check.tiles(tiles)):
+    backend, _ = _backends.select(problem, implementation)
+    plan = backend.plan(problem)
+    visits = _plan.make_schedule(problem, plan)
   out, lse = _autodiff.attend(backend.name, _plan.settle(plan, visits), problem, visits)
   if sinks is None:
     return out, lse

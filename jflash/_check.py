@@ -335,6 +335,14 @@ def window(value: Any) -> tuple[Any, Any]:
   return tuple(value)
 
 
+def tiles(value: Any) -> tuple[int, int]:
+  whole = lambda n: isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n > 0
+  if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(whole, value)):
+    raise ValueError(f"`tiles` is {value!r}; pass (query rows, key columns), two integers > 0, or None for those that suit the "
+                     "problem.")
+  return int(value[0]), int(value[1])
+
+
 def mask_array(x: Any, sizes: Any) -> Any:
   """A `mask` argument that is an array."""
   if isinstance(x, type):

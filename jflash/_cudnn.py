@@ -18,7 +18,7 @@ from jax import lax
 
 from pallas_kernels import products
 
-from . import _cudnn_call, _gpu, _xla, masks
+from . import _cudnn_call, _gpu, _plan, _xla, masks
 from ._cudnn_call import Arrays, Call, everywhere
 from ._mask import And, Mask
 from ._plan import Plan, Schedule
@@ -65,6 +65,8 @@ def _terms(mask: Mask | None) -> list[Mask]:
 
 def supports(problem: Problem) -> str | None:
   """None, or why cuDNN cannot compute this problem."""
+  if tiles := _plan.forced_tiles():
+    return f"cuDNN chooses its own tiles, and `tiles` is {tiles}; leave them out, or {_XLA}"
   return _of_sizes(problem) or _of_scores(problem) or _of_mask(problem)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -29,7 +30,10 @@ class Explanation:
     shapes: of query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, E]`, with the batch axis if only for this.
     dtype: of query, key and value.
     mask: everything that masks (mask, is_causal, window, lengths, segments) as one expression; None without any.
-    tiles: (query rows, key columns) of a tile; None where a library chooses them, as cuDNN does.
+    tiles: (query rows, key columns) of a tile of the forward pass; None where a library chooses them, as cuDNN does.
+    backward_tiles: the same of the backward pass; with "mosaic_gpu", of the kernel for dK and dV.
+    estimate: seconds that one core of the chip is taken to need, by pass: {"forward": ..., "backward": ...}, from the schedule that
+      the compiler makes for its kernels and what they load. Empty where that is not known: other backends, chips or score terms.
     tile_count: tiles of all batch elements and query heads, skipped ones included; None likewise.
     skipped, partial, full: the shares of tiles that are not computed, computed with the mask, and computed without it.
       A tile that reaches past the last query or key is partial. Query heads that share a key head share their visits: a
@@ -48,6 +52,8 @@ class Explanation:
   dtype: str
   mask: str | None
   tiles: tuple[int, int] | None
+  backward_tiles: tuple[int, int] | None
+  estimate: dict[str, float]
   tile_count: int | None
   skipped: float | None
   partial: float | None
@@ -73,7 +79,13 @@ class Explanation:
     rows += [("not " + name, reason) for name, reason in self.passed_over.items()]
     if self.tiles is not None:
       shares = f"{self.tile_count} of {self.tiles[0]} x {self.tiles[1]}: {shares}"
-    rows += [("tiles", shares), ("", self.decided),
+    rows += [("tiles", shares), ("", self.decided)]
+    if self.tiles is not None and self.backward_tiles not in (None, self.tiles):
+      rows.append(("", f"of {self.backward_tiles[0]} x {self.backward_tiles[1]} backward"))  # type: ignore[index]
+    if self.estimate:
+      times = ", ".join(f"{_seconds(x)} {name}" for name, x in self.estimate.items())
+      rows.append(("estimate", f"{times}, on one core, by the compiler's schedule"))
+    rows += [
              ("saved", f"{_bytes(self.saved_bytes)} for the backward pass; dense attention, with its probabilities: "
                         f"{_bytes(self.naive_saved)}"), ("", parts)]
     return "\n".join(f"{name:<14} {text}" for name, text in rows)
@@ -127,6 +139,11 @@ explain.__signature__ = _SIGNATURE.replace(return_annotation="Explanation")  # t
 
 
 def _explain(arguments: dict[str, Any]) -> Explanation:
+  with contextlib.nullcontext() if arguments["tiles"] is None else _plan.force_tiles(*_check.tiles(arguments["tiles"])):
+    return _explain_tiled(arguments)
+
+
+def _explain_tiled(arguments: dict[str, Any]) -> Explanation:
   problem = _api.make_problem(**{name: arguments[name] for name in _PROBLEM_NAMES})
   if arguments["sinks"] is not None:
     _check.sinks(arguments["sinks"], problem.heads)
@@ -147,9 +164,15 @@ def _explain(arguments: dict[str, Any]) -> Explanation:
   return Explanation(
       backend=backend.name, passed_over=passed_over, interpreted=bool(plan.interpret), shapes=shapes,
       dtype=str(problem.q.dtype), mask=None if mask is None else repr(mask), tiles=plan.tiles if backend.tiled else None,
+      backward_tiles=_backward_tiles(plan) if backend.tiled else None,
+      estimate={name: x for name, (_, x) in _plan.tpu_estimates(problem).items()} if backend.name == "tpu" else {},
       tile_count=problem.batch * problem.heads * grid if backend.tiled else None, skipped=skipped, partial=partial, full=full,
       decided=_decided(problem) if backend.tiled else f"decided by {backend.name}", saved=saved,
       naive_saved=sum(inputs.values()) + scores * problem.keys)
+
+
+def _backward_tiles(plan: _plan.Plan) -> tuple[int, int]:
+  return plan.launches.dkv.of_scores if plan.launches else plan.backward_tiles or plan.tiles
 
 
 def _decided(problem: Problem) -> str:
@@ -170,6 +193,11 @@ def _decided(problem: Problem) -> str:
 def _size(tree: Any) -> int:
   """Bytes of the arrays in `tree`."""
   return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
+
+
+def _seconds(x: float) -> str:
+  unit, size = next(pair for pair in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)) if x >= pair[1] or pair[0] == "us")
+  return f"{x / size:.3g} {unit}"
 
 
 def _bytes(n: int) -> str:

@@ -38,6 +38,9 @@ def supports(problem: Problem) -> str | None:
   if (widest := max(problem.width, problem.value_width)) > most:
     return (f"heads are {widest} wide, and its kernels hold {most} of {problem.q.dtype} at most with "
             f"jax.default_matmul_precision {_tiles_gpu.precision()}; use implementation='xla'")
+  tiles = _plan.forced_tiles()
+  if tiles is not None and any(side % 64 or side > 192 for side in tiles):
+    return f"its tiles are multiples of 64, at most 192, and `tiles` is {tiles}"
   for program in programs(problem.logits):
     if program.reason:
       return program.reason

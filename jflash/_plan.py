@@ -15,7 +15,7 @@ import numpy as np
 
 from pallas_kernels import products, schedule
 
-from . import _tiles_gpu, masks
+from . import _tiles_gpu, _tiles_tpu, masks
 from ._mask import parts
 from ._problem import Problem
 from ._program import is_program
@@ -34,7 +34,8 @@ class Schedule(NamedTuple):
 
   rows: schedule.Visits
   columns: schedule.Visits
-  kinds: Any  # EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, T tiles, S tiles]`
+  kinds: Any  # EMPTY, PARTIAL or FULL for every tile of the backward pass, `[B|1, K|1, T tiles, S tiles]`
+  dq: schedule.Visits | None = None  # row by row in tiles of the backward pass, where that has its own and a kernel for dQ
 
 
 class LaunchSchedule(NamedTuple):
@@ -53,10 +54,11 @@ class Plan:
   """Static choices; hashable, so that compiled functions are kept by it."""
 
   tiles: tuple[int, int]  # query rows, key columns
-  chunk: tuple[int, int]  # batch elements and kv heads that "xla" computes at a time
+  chunk: tuple[int, int]  # batch elements and kv heads that are computed at a time
   widen: bool  # whether "xla" converts tiles to float32 before it multiplies them
   interpret: Any  # False, True, or Pallas' interpreter parameters
   kinds: tuple[int, ...] = (schedule.PARTIAL, schedule.FULL)  # of tiles that have to be reckoned with, besides EMPTY
+  backward_tiles: tuple[int, int] | None = None  # of "tpu", where they differ
   together: int = 1  # visits that the forward pass of "tpu" computes in one step, 1 or 2
   one_kernel: bool = False  # whether its backward pass is one kernel, with dQ of all queries on chip
   launches: _tiles_gpu.Launches | None = None  # of "mosaic_gpu"
@@ -91,8 +93,12 @@ def interpret(params: Any = True):
 
 
 def force_tiles(query_rows: int, key_columns: int):
-  """Takes these tile sizes instead of the chosen ones, for tests of what lies on the border of a tile."""
+  """Takes these tile sizes instead of the chosen ones."""
   return _within(_forced_tiles, (query_rows, key_columns))
+
+
+def forced_tiles() -> tuple[int, int] | None:
+  return _forced_tiles.get()
 
 
 def force_passes(together: int, one_kernel: bool):
@@ -111,7 +117,9 @@ def interpreting() -> Any:
 
 def context() -> Any:
   """What a plan depends on besides the problem: a static argument for compiled functions that make plans inside."""
-  return _interpreting.get(), _forced_tiles.get(), _forced_passes.get(), _forced_launches.get(), _tiles_gpu.context(), platform()
+  chip = _tiles_tpu.chip() if platform() == "tpu" else None
+  forced = _forced_tiles.get(), _forced_passes.get(), _forced_launches.get()
+  return _interpreting.get(), forced, _tiles_gpu.context(), platform(), chip
 
 
 def platform() -> str:
@@ -130,7 +138,8 @@ def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
   # Distances are quickest in larger tiles: n = 16,384, d = 2 takes an eighth less in 1024 x 1024 than in 512 x 512.
   side = 1024 if problem.product is products.Distance else 512 if length >= 4096 else 256
   blocks = _blocks(problem, side)
-  tiles = _forced_tiles.get() or (min(blocks[0], problem.queries), min(blocks[1], problem.keys))
+  tiles = _forced_tiles.get() or blocks
+  tiles = min(tiles[0], problem.queries), min(tiles[1], problem.keys)
   lead = _table_lead(problem)
   limit = (scores or (1 << 20 if on_cpu else 1 << 28)) // (tiles[0] * tiles[1] * problem.groups)
   heads = _divisor(problem.kv_heads, limit) if lead[1] == 1 else 1
@@ -139,13 +148,67 @@ def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
 
 
 def plan_tpu(problem: Problem) -> Plan:
-  """Tiles of up to 512 x 512, in multiples of 128, small enough for the tiles of wide heads to stay on chip."""
-  side = 512 if max(problem.width, problem.value_width) <= 256 else 256 if max(problem.width, problem.value_width) <= 512 else 128
+  """The cheapest tiles by `_tiles_tpu`, or for what it does not know, up to 512 x 512, and less where heads are wide."""
+  chosen, rule = tpu_estimates(problem), _tpu_tiles(problem, _forced_tiles.get() or _tpu_rule(problem))
+  forward, backward = (chosen[name][0] if name in chosen else rule for name in _tiles_tpu.PASSES)
+  together, one_kernel = _forced_passes.get() or (2 if problem.keys > forward[1] else 1, _dq_fits(problem, backward))
+  whole = Plan(forward, (problem.batch, problem.kv_heads), False, interpreting(),
+               backward_tiles=None if backward == forward else backward, together=together, one_kernel=one_kernel)
+  return dataclasses.replace(whole, chunk=_chunk_tpu(problem, whole))
+
+
+MOST_VISITS = 240_000  # of the lists of a kernel: they are 4 bytes each, and a chip has 1 MiB of scalar memory
+
+
+def _chunk_tpu(problem: Problem, plan: Plan) -> tuple[int, int]:
+  """As many batch elements and kv heads as have lists that fit into scalar memory together."""
+  (batch, heads), length = tpu_lists(problem, plan)
+  limit = MOST_VISITS // length
+  if batch * heads <= limit:
+    return problem.batch, problem.kv_heads
+  if heads <= limit:
+    return _divisor(problem.batch, limit // heads), problem.kv_heads
+  return 1 if batch > 1 else problem.batch, _divisor(problem.kv_heads, limit)
+
+
+def tpu_lists(problem: Problem, plan: Plan) -> tuple[tuple[int, int], int]:
+  """How many batch elements and kv heads have lists of visits of their own, and the length of the longest list."""
+  tiles = (plan.tiles, plan.backward_tiles or plan.tiles)
+  most = max(math.ceil(problem.queries / rows) * (math.ceil(problem.keys / columns) + 2) for rows, columns in tiles)
+  if problem.batch * problem.kv_heads * most <= MOST_VISITS:  # whatever the mask
+    return (problem.batch, problem.kv_heads), most
+  visits = jax.eval_shape(lambda: make_schedule(problem, plan))
+  length = max(x.codes.shape[2] for x in (visits.rows, visits.columns, visits.dq) if x is not None)
+  if any(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(problem.logits)):  # the kernel for their gradients
+    length = max(length, math.prod(visits.kinds.shape[2:]))
+  return visits.kinds.shape[:2], length
+
+
+def _tpu_rule(problem: Problem) -> tuple[int, int]:
+  width = max(problem.width, problem.value_width)
+  return _blocks(problem, 512 if width <= 256 else 256 if width <= 512 else 128)
+
+
+def _tpu_tiles(problem: Problem, tiles: tuple[int, int]) -> tuple[int, int]:
+  """No larger than the problem; what the compiler is given are multiples of 128."""
   up = lambda n: 128 * math.ceil(n / 128)
-  blocks = _blocks(problem, side)
-  tiles = _forced_tiles.get() or (min(up(blocks[0]), up(problem.queries)), min(up(blocks[1]), up(problem.keys)))
-  together, one_kernel = _forced_passes.get() or (2 if problem.keys > tiles[1] else 1, _dq_fits(problem, tiles))
-  return Plan(tiles, (1, 1), False, interpreting(), together=together, one_kernel=one_kernel)
+  return min(tiles[0], up(problem.queries)), min(tiles[1], up(problem.keys))
+
+
+def tpu_estimates(problem: Problem) -> dict[str, tuple[tuple[int, int], float]]:
+  """Pass -> the cheapest tiles and the seconds that one core is estimated to take with them; empty where no costs are known.
+
+  They are known of scores under a mask alone, which is known while tracing and has no smaller blocks of its own.
+  """
+  logits = problem.logits
+  if (platform() != "tpu" or problem.product is not products.Dot or not logits.plain or logits.dropout is not None
+      or any(isinstance(x, jax.Array) for x in mask_arrays(problem)) or _blocks(problem, 512) != (512, 512)):
+    return {}
+  forced = _forced_tiles.get()
+  fits = lambda tiles: forced in (None, tiles) and _tpu_tiles(problem, tiles) == tiles
+  kinds = functools.cache(lambda tiles: _kinds(problem, tiles))
+  five = lambda tiles: _dq_fits(problem, tiles)
+  return _tiles_tpu.estimates(problem, fits, kinds, five)
 
 
 DQ_LIMIT = 28 * 2**20  # bytes, of the 48 MiB that a kernel may use on a TPU
@@ -189,8 +252,11 @@ def settle(plan: Plan, visits: Schedule | LaunchSchedule) -> Plan:
   """The plan without the kinds of tiles that are known not to occur: code that is not compiled."""
   if not isinstance(visits.kinds, np.ndarray):
     return plan
+  if isinstance(visits, Schedule):
+    visited = [schedule.kind(x.codes) for x in (visits.rows, visits.columns)]  # in tiles that may differ
+    return dataclasses.replace(plan, kinds=tuple(kind for kind in plan.kinds if any((x == kind).any() for x in visited)))
   found = [kind for kind in plan.kinds if (visits.kinds == kind).any()]
-  if isinstance(visits, LaunchSchedule) and schedule.PARTIAL not in found:  # other kernels have other tiles
+  if schedule.PARTIAL not in found:  # other kernels have other tiles
     of_others = [x.partial for x in (visits.dq, visits.dkv, visits.fused) if x is not None]
     found += [schedule.PARTIAL] * any(partial.any() for partial in of_others)
   return dataclasses.replace(plan, kinds=tuple(found))
@@ -207,14 +273,24 @@ def _schedule(problem: Problem, plan: Plan) -> Schedule | LaunchSchedule:
     visits, of_columns = schedule.row_visits, lambda kinds: schedule.row_visits(kinds.swapaxes(-1, -2))
     fused = plan.launches.fused and of_columns(_kinds(problem, plan.launches.fused.of_scores))
     return LaunchSchedule(visits(forward), visits(dq), of_columns(dkv), forward, dq, fused)
-  kinds = _kinds(problem, plan.tiles)
+  by_row, kinds = _row_visits(problem, plan.tiles, plan.together)
+  dq = None
+  if plan.backward_tiles is not None:
+    dq, kinds = _row_visits(problem, plan.backward_tiles)
   rows, columns = kinds.shape[2:]
-  most = _most_in_a_row(problem, plan, columns)
+  most = rows * _most_in_a_row(problem, plan.backward_tiles or plan.tiles, columns)
+  by_column = schedule.visits(kinds.swapaxes(-1, -2), most + columns)  # the same visits, and one for each column that has none
+  return Schedule(by_row, by_column, kinds, None if plan.one_kernel else dq)
+
+
+def _row_visits(problem: Problem, tiles: tuple[int, int], together: int = 1) -> tuple[schedule.Visits, Any]:
+  """The visits row by row, and the kinds of tiles that they come from."""
+  kinds = _kinds(problem, tiles)
+  rows, columns = kinds.shape[2:]
+  most = _most_in_a_row(problem, tiles, columns)
   if not isinstance(kinds, np.ndarray) and most < columns:
     kinds = schedule.first(kinds, most)
-  # Columns: the same visits, and one for each column that has none.
-  return Schedule(schedule.visits(kinds, rows * most, plan.together),
-                  schedule.visits(kinds.swapaxes(-1, -2), rows * most + columns), kinds)
+  return schedule.visits(kinds, rows * most, together), kinds
 
 
 def _kinds(problem: Problem, tiles: tuple[int, int]) -> Any:
@@ -228,12 +304,12 @@ def _kinds(problem: Problem, tiles: tuple[int, int]) -> Any:
   return schedule.kinds(some, every & (inside[0][:, None] & inside[1][None, :]))
 
 
-def _most_in_a_row(problem: Problem, plan: Plan, columns: int) -> int:
+def _most_in_a_row(problem: Problem, tiles: tuple[int, int], columns: int) -> int:
   """How many of the `columns` tiles in a row are visited at most, as far as that is known of a traced mask."""
   logits = problem.logits
   if logits.mask is None or logits.query_positions is not None or logits.key_positions is not None:
     return columns
-  most = logits.mask.most(plan.tiles)
+  most = logits.mask.most(tiles)
   return columns if most is None else min(most, columns)
 
 

@@ -109,7 +109,8 @@ def _fold(problem: Problem) -> int:
 def _chosen(problem: Problem, width: int, arrays: bool, forced: tuple[int, int] | None) -> Launches:
   if forced or _in_turn.get():  # the latter takes room for P and dS
     small = Launch(forced or (64, 64), 2 if forced else 1)
-    return Launches(small, small, small, False, pieces(problem.q.dtype), overlapped=not _in_turn.get())
+    dkv = small if width <= 128 else dataclasses.replace(small, tiles=(64, 64))  # all that two warpgroups can share
+    return Launches(small, small, dkv, False, pieces(problem.q.dtype), overlapped=not _in_turn.get())
   return TABLE[width, pieces(problem.q.dtype), arrays]
 
 

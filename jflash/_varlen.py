@@ -13,7 +13,8 @@ from . import _api, _check, _mask
 
 def attention_varlen(query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, bias: Any = None, mask: Any = None, *,
                      query_positions: Any = None, key_value_positions: Any = None, sinks: Any = None,
-                     implementation: str | None = None, return_residual: bool = False, **options: Any) -> Any:
+                     implementation: str | None = None, return_residual: bool = False, tiles: tuple[int, int] | None = None,
+                     **options: Any) -> Any:
   """Exact attention over packed sequences: sequence n's queries see sequence n's keys, and nothing is padded.
 
       out[cu_q[n]:cu_q[n+1]] = attention(query[cu_q[n]:cu_q[n+1]], key[cu_k[n]:cu_k[n+1]], value[cu_k[n]:cu_k[n+1]], ...)
@@ -30,7 +31,7 @@ def attention_varlen(query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seq
     cu_seqlens_k: the same for keys, for as many sequences.
     bias, mask: as in `attention`, broadcast to `[N, total_q, total_k]`; or a mask from `jflash.masks`, which speaks of positions.
     query_positions, key_value_positions: integers `[total_q]` and `[total_k]` in place of those within the sequences.
-    sinks, implementation, return_residual: as in `attention`.
+    sinks, implementation, return_residual, tiles: as in `attention`.
     **options: `scale`, `is_causal`, `local_window_size`, `logits_soft_cap`, `alibi_slopes` (`[N]` or `[sequences, N]`),
       `score_mod`, `score_operands`, `dropout_rate`, `dropout_key`, `head_ids`, as in `attention`.
 
@@ -66,7 +67,7 @@ def attention_varlen(query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seq
     if slopes.shape[0] > 1:
       slopes = jnp.asarray(slopes)[of_query.sequences, :, 0, 0].T[None, :, :, None]  # [1, N, total_q, 1]
     problem = dataclasses.replace(problem, logits=dataclasses.replace(problem.logits, alibi_slopes=slopes))
-  out, lse = _api.compute(problem, sinks, implementation)
+  out, lse = _api.compute(problem, sinks, implementation, tiles)
   return (out[0], lse[0]) if return_residual else out[0]
 
 

@@ -222,6 +222,26 @@ def test_bytes_go_with_the_density_of_a_block_sparse_mask():
   assert rows[1].kernel_bytes < rows[-1].kernel_bytes / 4
 
 
+def test_a_window_costs_what_it_sees():
+  """Steps and bytes go with N times the window, whatever N², forward and backward, in one kernel (N <= 28,672) and in two."""
+  found = {(n, w): io_counts.walked(n, w) for n, w in ((8192, 1024), (16384, 1024), (32768, 1024), (65536, 1024), (32768, 4096))}
+  for now, twice in (((8192, 1024), (16384, 1024)), ((32768, 1024), (65536, 1024))):
+    for a, b in zip(found[now], found[twice]):
+      assert b.steps == pytest.approx(2 * a.steps, rel=0.05) and b.bytes == pytest.approx(2 * a.bytes, rel=0.05)
+  for narrow, wide in zip(found[32768, 1024], found[32768, 4096]):
+    assert 2 < wide.steps / narrow.steps < 4 and wide.bytes > narrow.bytes  # 3 and 9 tiles of 512 in a row, some in pairs
+  forward, backward = found[32768, 1024]
+  assert forward.steps == 2 * 64 - 2  # pairs of visits: 2 for 3 tiles, and 1 in the first two rows
+  assert backward.steps == (3 * 64 - 3) + 2 * forward.steps  # dK and dV; dQ, with the forward pass's lists, a visit a step
+  dense = io_counts.walked(32768, None)
+  assert dense[0].bytes > 8 * forward.bytes and dense[1].bytes > 8 * backward.bytes
+
+
+def test_lists_of_long_sequences_fit_into_scalar_memory():
+  for x in io_counts.walked(131072, None):
+    assert x.list_bytes <= 4 * _plan.MOST_VISITS and x.list_bytes >= 4 * 256 * 257 // 2
+
+
 def test_standard_attention_is_what_the_algorithms_say():
   square, array = 64 * 16 * 1024**2 * 2, 64 * 16 * 1024 * 64 * 2
   setting = dataclasses.astuple(io_counts.PAPER)
@@ -245,10 +265,11 @@ def test_the_page_and_the_plot_are_written(tmp_path):
   pytest.importorskip("matplotlib")
   out = tmp_path / "ledger"
   argv = ("--lengths 512 --short 256 --widths 64 --sides 128,256 --setting 1,64,1,64 --sparse-length 512 --densities 2 "
-          f"--out {out}").split()
+          f"--window-lengths 2048 --out {out}").split()
   assert io_ledger.main(argv) == 0
   page = out.with_suffix(".md").read_text()
   bare = standard.total(standard.BARE, 1, 64, 1, 64) / 1e9
   assert "| 512 | all kernels |" in page and f"| **all** |  |  | 11 | {bare:.3f} |" in page
+  assert "| forward | 1024 | 2048 |" in page and "| backward | causal | 2048 |" in page
   assert page.count("| **jflash_dkv** | grid 1 x 1 x") == 2 and "R² = " in page and "Not measured" not in page
   assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

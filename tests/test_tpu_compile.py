@@ -246,11 +246,28 @@ def test_without_a_tpu_the_reason_is_given():
 
 
 @pytest.mark.slow
-def test_a_bound_on_blocks_makes_the_lists_of_many_heads_fit():
+def test_lists_of_many_heads_fit_a_few_at_a_time_or_with_a_bound_on_blocks():
   """32 heads of 128 x 128 traced tiles take 2 MiB of a scalar memory of 1 MiB, and with at most 8 in a row an eighth of one."""
   q = jax.ShapeDtypeStruct((1, 16384, 32, 64), BF16)
   table = jax.ShapeDtypeStruct((1, 32, 128, 128), BOOL)
   of = lambda most: lambda q, table: attend(q, q, q, mask=masks.BlockSparse(table, (128, 128), most))
-  compile_for("v5e", of(8), q, table)
-  with pytest.raises(NotImplementedError, match="a list of 524288 visits does not fit into a chip's scalar memory.*max_blocks"):
-    compile_for("v5e", of(None), q, table)
+  loops = [compile_for("v5e", of(most), q, table).as_text().count(" while(") for most in (8, None)]
+  assert loops == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_list_that_is_too_long_is_refused():
+  q = jax.ShapeDtypeStruct((1, 65536, 1, 64), BF16)
+  table = jax.ShapeDtypeStruct((1, 1, 512, 512), BOOL)
+  with pytest.raises(NotImplementedError, match="a list of 262144 visits does not fit into a chip's scalar memory.*max_blocks"):
+    compile_for("v5e", lambda q, table: attend(q, q, q, mask=masks.BlockSparse(table, (128, 128))), q, table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["causal", "segments"])
+def test_very_long_sequences_compile(options):
+  """131,072 tokens; with ids that are known at run time only, of eight sequences, two at a time."""
+  batch = 1 if options == "causal" else 8
+  arrays = (("query_segment_ids", (batch, 131072), I32), ("key_value_segment_ids", (batch, 131072), I32)) if batch > 1 else ()
+  compiled, _ = compile_gradient("v5e", ((batch, 131072, 1, 64),) * 3, BF16, arrays, {"is_causal": True})
+  assert (compiled.as_text().count(" while(") > 0) == (batch > 1)
