@@ -3,14 +3,13 @@
     python -m benchmarks.tpu_static
 
 Reads the schedules that libtpu's compiler makes (`benchmarks.tpu_schedule`). Writes `benchmarks/results/tpu-static.md` and `.png`,
-or where `--out` says. `--record` writes `benchmarks/tpu_static.json`, too: what a test holds the kernels to.
+or where `--out` says.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,31 +19,31 @@ import jax
 import jax.numpy as jnp
 
 import jflash
-from jflash._tiles_tpu import CORES
+from jflash import _tiles_tpu
+from jflash._tiles_tpu import CORES, PRODUCTS
 
 from . import chips, options, report, tpu_schedule
 from .tpu_schedule import Schedule
 
-RECORD = pathlib.Path(__file__).with_suffix(".json")
 WIDTHS = 64, 128, 256
 LENGTH, HEADS = 4096, 2
 UNIT = 512 * 512  # scores, for which bundles are counted
 BLOCKS = 512, 1024  # of splash attention, rows and columns
 UNITS = "MATMUL", "VALU", "XLU", "EUP", "VSTORE:SPILL"
-KERNELS = "forward", "backward"
+KERNELS = _tiles_tpu.PASSES
 OURS = {"jflash_forward": "forward", "jflash_backward": "backward"}
 SPLASH = {"splash_mha_fwd_residuals": "forward", "splash_mha_dq_no_residuals": "backward",
           "splash_mha_dkv_no_residuals": "backward"}  # in two kernels, with seven products
 MASKS: Mapping[str, dict[str, Any]] = {"causal": {"is_causal": True}, "window": {"local_window_size": (1024, 0)}, "segments": {}}
-PRODUCTS = {"forward": 2, "backward": 5}
 LEGEND = f"""\
-bfloat16, N = {LENGTH}, {HEADS} heads. full, partial, alone: bundles for 512 x 512 scores in tiles without a mask, with one,
-and with one at the end of a row that has an odd number of tiles, on the path that finite numbers take; splash attention has
-one kind of tile. × splash: full, as a multiple of splash attention's (causal) with the block size that suits it best,
-backward both of its kernels together. × its kernel: the same with all of the code in its kernels. once: bundles for the first
-and the last tile of a row or column, for the grid, and, ours, to see whether V is finite before a tile with a mask; at most.
-MATMUL, VALU, XLU, EUP: the share of that unit's slots that a full tile uses (matrix products, vector arithmetic, moves across
-lanes, exponentials). spills: the share of the slots for vector stores that go to spills.
+bfloat16, N = {LENGTH}, {HEADS} heads. tiles: query rows x key columns; ours are those that are chosen. full, partial, alone:
+bundles for 512 x 512 scores in tiles without a mask, with one, and with one at the end of a row that has an odd number of
+tiles, on the path that finite numbers take; splash attention has one kind of tile. × splash: full, as a multiple of splash
+attention's (causal) with the block size that suits it best, backward both of its kernels together. × its kernel: the same
+with all of the code in its kernels. once: bundles for the first and the last tile of a row or column, for the grid, and,
+ours, to see whether V is finite before a tile with a mask; at most. MATMUL, VALU, XLU, EUP: the share of that unit's slots
+that a full tile uses (matrix products, vector arithmetic, moves across lanes, exponentials). spills: the share of the slots
+for vector stores that go to spills.
 
 KiB: what a full tile brings from memory, for 512 x 512 scores. TFLOP/s: what a core would reach on full tiles by the largest
 of bundles / clock, KiB / bandwidth and the time of its products at the matrix units' peak (bundles may be packed closer than
@@ -65,11 +64,14 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
 
 
 def ours(mask: str = "causal") -> dict[str, tuple[Callable, tuple]]:
-  ids = lambda: jnp.zeros((1, LENGTH), "int32")
-  options = MASKS[mask] | ({"query_segment_ids": ids(), "key_value_segment_ids": ids()} if mask == "segments" else {})
-  attend = functools.partial(jflash.attention, **options, implementation="tpu")
+  attend = functools.partial(jflash.attention, **_options(mask), implementation="tpu")
   operand = lambda width: jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), "bfloat16")
   return {f"jflash {mask} {width}": (both(attend), (operand(width),) * 4) for width in WIDTHS}
+
+
+def _options(mask: str) -> dict[str, Any]:
+  ids = lambda: jnp.zeros((1, LENGTH), "int32")
+  return MASKS[mask] | ({"query_segment_ids": ids(), "key_value_segment_ids": ids()} if mask == "segments" else {})
 
 
 def both(attend: Callable) -> Callable:
@@ -98,12 +100,14 @@ class Figures:
   once: float
   shares: Mapping[str, float]
   loaded: float  # bytes for 512 x 512 scores
+  tiles: str = ""
 
   def __add__(self, other: Figures) -> Figures:
     """Of two kernels, one after the other."""
     weigh = lambda a, b: (self.full * a + other.full * b) / (self.full + other.full)
     return Figures(self.full + other.full, None, None, self.once + other.once,
-                   {unit: weigh(share, other.shares[unit]) for unit, share in self.shares.items()}, self.loaded + other.loaded)
+                   {unit: weigh(share, other.shares[unit]) for unit, share in self.shares.items()},
+                   self.loaded + other.loaded, self.tiles)
 
 
 def figures(schedule: Schedule, tile: int, loaded: float = 0.0) -> Figures:
@@ -124,16 +128,28 @@ def figures(schedule: Schedule, tile: int, loaded: float = 0.0) -> Figures:
   return Figures(whole, partial, alone, UNIT / tile * once, shares, UNIT / tile * loaded)
 
 
+def chosen(chip: str, mask: str, width: int) -> dict[str, tuple[int, int]]:
+  """Pass -> the tiles of ours."""
+  operand, options = jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), "bfloat16"), _options(mask)
+  with jax.default_device(chips.device(chip)):
+    why = jflash.explain(operand, operand, operand, **options, implementation="tpu")
+  assert why.tiles is not None and why.backward_tiles is not None
+  return {"forward": why.tiles, "backward": why.backward_tiles}
+
+
 def measure(chip: str, make: str = "cases") -> dict[tuple[str, str, str, str], Figures]:
   """(who, mask, width, pass) -> figures; of jflash with a causal mask alone with `make` "ours"."""
   found: dict[tuple[str, str, str, str], Figures] = {}
   for case, several in tpu_schedule.schedules(f"benchmarks.tpu_static:{make}", chip).items():
     *who, mask, width = case.split()
-    side = 512 if who == ["jflash"] else int(who[1])  # `_plan.plan_tpu`'s, for these widths
+    tiles = chosen(chip, mask, int(width)) if who == ["jflash"] else dict.fromkeys(KERNELS, (int(who[1]),) * 2)
     for schedule in several:
       kernel = (OURS | SPLASH)[schedule.kernel]
+      rows, columns = tiles[kernel]
       # Two operands a tile: keys and values, or queries and cotangents, whichever the grid does not keep. Statistics are small.
-      one, key = figures(schedule, side**2, 2 * side * int(width) * 2), (" ".join(who), mask, width, kernel)
+      one = figures(schedule, rows * columns, 2 * (columns if kernel == "forward" else rows) * int(width) * 2)
+      key = " ".join(who), mask, width, kernel
+      one = dataclasses.replace(one, tiles=f"{rows} x {columns}")
       found[key] = found[key] + one if key in found else one
   return found
 
@@ -144,9 +160,9 @@ def rows(chip: str, found: Mapping[tuple[str, str, str, str], Figures]) -> list[
     f, best = found[who, mask, width, kernel], _best(found, width, kernel)
     whole = _best(found, width, kernel, whole=True)
     work = PRODUCTS[kernel] * 2 * UNIT * int(width)
-    products = work * max(int(width), 128) / int(width)  # 64 columns take the time of 128
-    seconds = max(f.full / core.clock, f.loaded / core.bandwidth, products / core.peak)
-    columns = {"chip": chip, "d": width, "pass": kernel, "": who, "mask": mask, "full": f"{f.full:.0f}",
+    cycles = core.products(kernel, UNIT, int(width))
+    seconds = max(max(f.full, cycles) / core.clock, f.loaded / core.bandwidth)
+    columns = {"chip": chip, "d": width, "pass": kernel, "": who, "mask": mask, "tiles": f.tiles, "full": f"{f.full:.0f}",
                "× splash": f"{f.full / best.full:.2f}", "× its kernel": f"{f.full / (whole.full + whole.once):.2f}",
                "partial": report.text(f.partial, ".0f"), "alone": report.text(f.alone, ".0f"), "once": f"{f.once:.0f}"}
     shares = {("spills" if unit == "VSTORE:SPILL" else unit): f"{share:.2f}" for unit, share in f.shares.items()}
@@ -165,16 +181,6 @@ def _best(found: Mapping[tuple[str, str, str, str], Figures], width: str, kernel
 def versions() -> str:
   """What bundles depend on besides the kernels."""
   return f"JAX {jax.__version__}, libtpu {tpu_schedule.libtpu_version()}"
-
-
-def recorded() -> dict[str, dict[str, dict[str, list[int]]]]:
-  """versions -> chip -> "width pass" -> bundles of a full tile, a partial one and one alone."""
-  return json.loads(RECORD.read_text()) if RECORD.exists() else {}
-
-
-def to_record(found: Mapping[tuple[str, str, str, str], Figures]) -> dict[str, list[int]]:
-  return {f"{width} {kernel}": [round(x) for x in (f.full, f.partial, f.alone) if x is not None]
-          for (who, mask, width, kernel), f in found.items() if who == "jflash" and mask == "causal"}
 
 
 def plot(path: pathlib.Path, found: Mapping[str, Mapping[tuple[str, str, str, str], Figures]]) -> None:
@@ -201,15 +207,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
   parser = options.page_parser(__doc__, "tpu-static")
   parser.add_argument("--chips", type=options.words, default=list(chips.CHIPS), help="with commas between")
-  parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
   args = parser.parse_args(argv)
   found = {chip: measure(chip) for chip in args.chips}
   header = {"Software": versions()} | options.command("tpu_static", argv)
   table = report.Table("", [row for chip, own in found.items() for row in rows(chip, own)], LEGEND)
   options.write(args.out, report.document("Bundles of TPU kernels", header, [table]), lambda path: plot(path, found))
-  if args.record:
-    tables = recorded() | {versions(): {chip: to_record(own) for chip, own in found.items()}}
-    RECORD.write_text(json.dumps(tables, indent=1) + "\n")
   return 0
 
 

@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from . import _backends, _plan, _xla
 from ._linear import linear_map
 from ._problem import Problem
+from ._program import programs
 
 OUT_NAME, LSE_NAME = "jflash_out", "jflash_lse"  # for policies of `jax.checkpoint`
 
@@ -52,7 +53,11 @@ def _attend_jvp(backend, plan, primals, tangents):
   moving = [d for m, d in zip(moves, dleaves) if m]
   if not moving:
     return (out, lse), (jnp.zeros_like(out), jnp.zeros_like(lse))
-  return (out, lse), linear_map(apply, transpose, (problem, schedule, out, lse), moving)
+  residuals = problem, schedule, out, lse
+  if any(program.closed_over for program in programs(problem.logits)):
+    # What a function closes over may be gone when these run. Its graphs for their tiles are made now, and kept (`_program`).
+    jax.eval_shape(lambda: (apply(residuals, moving), transpose(residuals, (out, lse))))
+  return (out, lse), linear_map(apply, transpose, residuals, moving)
 
 
 attend.defjvp(_attend_jvp, symbolic_zeros=True)

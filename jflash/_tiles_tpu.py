@@ -1,7 +1,8 @@
 """Tiles of the TPU kernels: what they cost by the compiler's own schedules, and the cheapest for a problem.
 
-The model: a core issues a bundle of instructions a cycle, and what a visit loads comes meanwhile, so that the slower of the two is
-the time of the visit. It leaves out waits of products and of copies that start late, contention for memory, and power.
+The model: a core issues a bundle of instructions a cycle, bundles may be packed closer than the matrix units need for their
+products, and what a visit loads comes meanwhile: the slowest of these is the time. It leaves out waits of products and of copies
+that start late, contention for memory, and power.
 """
 
 from __future__ import annotations
@@ -18,19 +19,26 @@ import numpy as np
 from pallas_kernels import schedule
 
 from ._problem import Problem
+from ._tiles_tpu_table import LIBTPU as LIBTPU
 from ._tiles_tpu_table import TABLE as _TABLE
 
-PASSES = "forward", "backward"
+PRODUCTS = {"forward": 2, "backward": 5}  # of tiles
+PASSES = tuple(PRODUCTS)
 Tiles = tuple[int, int]  # query rows, key columns
+WORTH = 0.03  # what larger tiles must save: the compiler takes a time for them that grows with their scores
 
 
 class Cost(NamedTuple):
   """Bundles of a visit of a full tile and of a partial one, of one that is alone in a step for two, and once a row or column."""
 
-  full: int
-  partial: int
-  alone: int
-  once: int
+  full: float
+  partial: float
+  alone: float
+  once: float
+
+  def at_least(self, cycles: float) -> Cost:
+    """Where a visit takes so many cycles of something else."""
+    return Cost(max(self.full, cycles), max(self.partial, cycles), max(self.alone, cycles), self.once)
 
 
 Table = dict[tuple[str, int, int, str], dict[Tiles, Cost]]
@@ -49,6 +57,10 @@ class Core:
   def clock(self) -> float:
     return self.peak / self.per_cycle
 
+  def products(self, name: str, scores: int, width: int, itemsize: int = 2) -> float:
+    """Cycles of the matrix units for the products of a pass; 64 columns take the time of 128, and float32 six products for one."""
+    return PRODUCTS[name] * 2 * scores * max(width, 128) * (6 if itemsize == 4 else 1) / self.per_cycle
+
 
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm: 4 units of 128 x 128, or 4 of 256 x 256 from v6e on.
 CORES = {"v5e": Core(197e12, 819e9, 4 * 2 * 128**2), "v5p": Core(459e12 / 2, 2765e9 / 2, 4 * 2 * 128**2),
@@ -65,33 +77,37 @@ def chip() -> str | None:
   return _KINDS.get(device.device_kind)
 
 
-def costs(on: str | None, width: int, itemsize: int, kernel: str) -> dict[Tiles, Cost]:
+def costs(on: str, width: int, itemsize: int, kernel: str) -> dict[Tiles, Cost]:
   """Tile -> cost of the pass "forward" or "backward"; a width that is not in the table has the cost of the next larger one."""
   widths = sorted(w for c, w, size, k in TABLE if (c, size, k) == (on, itemsize, kernel) and w >= width)
-  return TABLE[on, widths[0], itemsize, kernel] if on is not None and widths else {}
+  return TABLE[on, widths[0], itemsize, kernel] if widths else {}
 
 
 def estimates(problem: Problem, fits: Callable[[Tiles], bool], kinds: Callable[[Tiles], np.ndarray],
               five: Callable[[Tiles], bool]) -> dict[str, tuple[Tiles, float]]:
-  """Pass -> the cheapest of the tiles that fit, and the seconds that one core takes; empty where no costs are known.
+  """Pass -> the cheapest of the tiles that fit, or nearly so, and the seconds that one core takes; empty where no costs are known.
 
   Args:
     kinds: EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, T tiles, S tiles]`.
     five: whether the backward pass is one kernel, with five products a tile; as two it has seven.
   """
-  on, itemsize = chip(), 2 if problem.q.dtype == jnp.bfloat16 else 4
+  on, itemsize, width = chip(), 2 if problem.q.dtype == jnp.bfloat16 else 4, max(problem.width, problem.value_width)
+  if on is None:
+    return {}
   bytes_of_two = (problem.width + problem.value_width) * itemsize  # a row of keys and values, or of queries and cotangents
   found = {}
   for name in PASSES:
     seconds = {}
-    for tiles, cost in costs(on, max(problem.width, problem.value_width), itemsize, name).items():
-      if on is not None and fits(tiles):
-        table = kinds(tiles)
-        of_lists = (_forward(CORES[on], cost, table, tiles[1] * bytes_of_two) if name == "forward" else
-                    _backward(CORES[on], cost, table.swapaxes(-1, -2), tiles[0] * bytes_of_two) * (1 if five(tiles) else 7 / 5))
+    for tiles, cost in costs(on, width, itemsize, name).items():
+      if fits(tiles):
+        core, table = CORES[on], kinds(tiles)
+        cost = cost.at_least(core.products(name, math.prod(tiles), width, itemsize))
+        of_lists = (_forward(core, cost, table, tiles[1] * bytes_of_two) if name == "forward" else
+                    _backward(core, cost, table.swapaxes(-1, -2), tiles[0] * bytes_of_two) * (1 if five(tiles) else 7 / 5))
         seconds[tiles] = of_lists * problem.batch * problem.heads / math.prod(table.shape[:2])
-    if seconds:
-      found[name] = min(seconds.items(), key=lambda pair: pair[1])
+    for tiles in sorted(seconds, key=math.prod):
+      if name not in found or seconds[tiles] < (1 - WORTH) * found[name][1]:
+        found[name] = tiles, seconds[tiles]
   return found
 
 

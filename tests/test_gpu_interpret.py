@@ -182,3 +182,16 @@ def test_packed_sequences():
   plain = gradients(functools.partial(jflash.attention_varlen, implementation="xla", return_residual=True), *args)
   for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3 * float(jnp.max(jnp.abs(y))))
+
+
+@pytest.mark.parametrize("tiles", [(64, 64), (128, 64), None])
+def test_what_a_function_closes_over_is_there_for_every_kernel(tiles):
+  """The backward pass, in other tiles than the forward pass, is traced when what is closed over and differentiated is gone."""
+  q = jnp.ones((1, 200, 4, 64), jnp.bfloat16)
+
+  def loss(slopes):
+    out, _ = by_kernels(jflash.attention, q, q, q, tiles=tiles, score_mod=lambda s, b, h, i, j: s - slopes[h] * jnp.abs(i - j))
+    return out.astype(jnp.float32).sum()
+
+  with jflash.interpret():
+    assert jax.eval_shape(jax.grad(loss), jnp.ones(4)).shape == (4,)

@@ -101,6 +101,8 @@ def test_gradient_of_what_is_closed_over(backend):
   got, want = (jax.grad(f, (0, 1, 2))(slopes, table, factor) for f in (closed, given))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
   assert all(np.abs(g).max() > 1e-3 for g in got)
+  _, pushed = jax.linearize(closed, slopes, table, factor)
+  np.testing.assert_allclose(pushed(*got), sum((a * b).sum() for a, b in zip(got, want)), rtol=1e-4)
 
 
 def test_gradients_have_the_dtype_and_shape_of_their_operands():

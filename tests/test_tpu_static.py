@@ -3,7 +3,8 @@
 
 import pytest
 
-from benchmarks import chips, tpu_schedule, tpu_static
+from benchmarks import chips, tpu_schedule, tpu_static, tpu_tiles
+from jflash import _tiles_tpu
 from tests import tpu_topology
 
 ALLOWED = 1.03  # times the bundles on record
@@ -78,13 +79,17 @@ def test_what_does_not_compile_is_said():
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", chips.CHIPS)
 def test_no_kernel_has_grown(chip):
-  """After a change that is worth it: `python -m benchmarks.tpu_static --record`, with each JAX."""
+  """In the tiles that are chosen. After a change that is worth it: `python -m benchmarks.tpu_tiles`."""
   tpu_topology.device(chip)
-  of_versions = tpu_static.recorded().get(tpu_static.versions())
-  if of_versions is None:
-    pytest.skip(f"nothing is on record for {tpu_static.versions()}")
-  found = tpu_static.to_record(tpu_static.measure(chip, "ours"))
-  assert found.keys() == of_versions[chip].keys()
-  grown = {f"{case}, {kind}": (was, now) for case, pair in found.items()
-           for kind, now, was in zip(("full", "partial", "alone"), pair, of_versions[chip][case]) if now > ALLOWED * was}
-  assert not grown, f"bundles for 512 x 512 scores, on record and now: {grown}"
+  if (now := tpu_schedule.libtpu_version()) != _tiles_tpu.LIBTPU:
+    pytest.skip(f"on record are the bundles of libtpu {_tiles_tpu.LIBTPU}, and this is {now}")
+  grown, cases = {}, tpu_static.ours()
+  for case, kernels in tpu_schedule.schedules("benchmarks.tpu_static:ours", chip).items():
+    width = int(case.split()[-1])
+    tiles = tpu_static.chosen(chip, "causal", width)
+    assert {tpu_static.OURS[kernel.kernel] for kernel in kernels} == set(tiles)
+    for kernel in kernels:
+      name = tpu_static.OURS[kernel.kernel]
+      now, was = tpu_tiles.cost(kernel), _tiles_tpu.TABLE[chip, width, 2, name][tiles[name]]
+      grown |= {f"{case}, {name}, {kind}": (a, b) for kind, a, b in zip(was._fields, was, now) if b > ALLOWED * a}
+  assert len(cases) == len(tpu_static.WIDTHS) and not grown, f"bundles of a tile, on record and now: {grown}"
