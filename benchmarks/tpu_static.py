@@ -1,4 +1,4 @@
-"""How many bundles of instructions the TPU kernels take for a tile of scores, beside splash attention, with no TPU at hand.
+"""How many bundles of instructions the TPU kernels take for a tile of scores, beside JAX's own two, with no TPU at hand.
 
     python -m benchmarks.tpu_static
 
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 import jflash
-from jflash import _tiles_tpu
+from jflash import _api, _plan, _tiles_tpu
 from jflash._tiles_tpu import CORES, PRODUCTS
 
 from . import chips, options, report, tpu_schedule
@@ -32,13 +32,15 @@ BLOCKS = 512, 1024  # of splash attention, rows and columns
 UNITS = "MATMUL", "VALU", "XLU", "EUP", "VSTORE:SPILL"
 KERNELS = _tiles_tpu.PASSES
 OURS = {"jflash_forward": "forward", "jflash_backward": "backward"}
-SPLASH = {"splash_mha_fwd_residuals": "forward", "splash_mha_dq_no_residuals": "backward",
-          "splash_mha_dkv_no_residuals": "backward"}  # in two kernels, with seven products
-MASKS: Mapping[str, dict[str, Any]] = {"causal": {"is_causal": True}, "window": {"local_window_size": (1024, 0)}, "segments": {}}
+THEIRS = {"splash_mha_fwd": "forward", "splash_mha_dq": "backward", "splash_mha_dkv": "backward",  # two kernels, of seven products
+          "jvp_jit_flash_attention": "forward", "flash_mha_bwd_dq": "backward",
+          "flash_mha_bwd_dkv": "backward"}  # as kernels' names begin
+MASKS: Mapping[str, dict[str, Any]] = {
+    "full": {}, "causal": {"is_causal": True}, "window": {"local_window_size": (1024, 0)}, "segments": {}}
 LEGEND = f"""\
 bfloat16, N = {LENGTH}, {HEADS} heads. tiles: query rows x key columns; ours are those that are chosen. full, partial, alone:
 bundles for 512 x 512 scores in tiles without a mask, with one, and with one at the end of a row that has an odd number of
-tiles, on the path that finite numbers take; splash attention has one kind of tile. × splash: full, as a multiple of splash
+tiles, on the path that finite numbers take; JAX's two have one kind of tile. × splash: full, as a multiple of splash
 attention's (causal) with the block size that suits it best, backward both of its kernels together. × its kernel: the same
 with all of the code in its kernels. once: bundles for the first and the last tile of a row or column, for the grid, and,
 ours, to see whether V is finite before a tile with a mask; at most. MATMUL, VALU, XLU, EUP: the share of that unit's slots
@@ -59,8 +61,10 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
   operand = lambda width: jax.ShapeDtypeStruct((HEADS, LENGTH, width), "bfloat16")
   splash = {f"splash {block} causal {width}": (both(_splash(block)), (operand(width),) * 4)
             for width in WIDTHS for block in BLOCKS}
+  in_batch = lambda width: jax.ShapeDtypeStruct((1, HEADS, LENGTH, width), "bfloat16")
+  flash = {f"flash {block} causal {width}": (both(_flash(block)), (in_batch(width),) * 4) for width in WIDTHS for block in BLOCKS}
   others = {case: run for mask in MASKS if mask != "causal" for case, run in ours(mask).items()}
-  return ours() | others | splash
+  return ours() | others | splash | flash
 
 
 def ours(mask: str = "causal") -> dict[str, tuple[Callable, tuple]]:
@@ -88,6 +92,19 @@ def _splash(block: int) -> Callable:
   sizes = sizes(**{field.name: block for field in dataclasses.fields(sizes) if field.name.startswith("block_")})
   causal = mask.MultiHeadMask([mask.CausalMask((LENGTH, LENGTH))] * HEADS)
   return kernel.make_splash_mha_single_device(causal, block_sizes=sizes)
+
+
+def _flash(block: int) -> Callable:
+  """Blocks of 1024 come and are computed in halves, as that attention has it by default."""
+  from jax.experimental.pallas.ops.tpu import flash_attention as module
+  within = {name: min(block, 512) for name in ("block_k", "block_k_dkv", "block_q_dkv", "block_k_dq")}
+  sizes = dict.fromkeys([f.name for f in dataclasses.fields(module.BlockSizes)], block) | within | {"block_b": 1}
+  return functools.partial(module.flash_attention, causal=True, block_sizes=module.BlockSizes(**sizes))
+
+
+def _pass_of(kernel: str) -> str:
+  """Of a kernel by its name."""
+  return OURS.get(kernel) or next(name for start, name in THEIRS.items() if kernel.startswith(start))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +147,15 @@ def figures(schedule: Schedule, tile: int, loaded: float = 0.0) -> Figures:
 
 def chosen(chip: str, mask: str, width: int) -> dict[str, tuple[int, int]]:
   """Pass -> the tiles of ours."""
-  operand, options = jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), "bfloat16"), _options(mask)
+  found = []
+
+  def record(q):
+    plan = _plan.plan_tpu(_api.make_problem(q, q, q, **_options(mask)))
+    found.append({"forward": plan.tiles, "backward": plan.backward_tiles or plan.tiles})
+
   with jax.default_device(chips.device(chip)):
-    why = jflash.explain(operand, operand, operand, **options, implementation="tpu")
-  assert why.tiles is not None and why.backward_tiles is not None
-  return {"forward": why.tiles, "backward": why.backward_tiles}
+    jax.eval_shape(record, jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), "bfloat16"))
+  return found[0]
 
 
 def measure(chip: str, make: str = "cases") -> dict[tuple[str, str, str, str], Figures]:
@@ -144,7 +165,7 @@ def measure(chip: str, make: str = "cases") -> dict[tuple[str, str, str, str], F
     *who, mask, width = case.split()
     tiles = chosen(chip, mask, int(width)) if who == ["jflash"] else dict.fromkeys(KERNELS, (int(who[1]),) * 2)
     for schedule in several:
-      kernel = (OURS | SPLASH)[schedule.kernel]
+      kernel = _pass_of(schedule.kernel)
       rows, columns = tiles[kernel]
       # Two operands a tile: keys and values, or queries and cotangents, whichever the grid does not keep. Statistics are small.
       one = figures(schedule, rows * columns, 2 * (columns if kernel == "forward" else rows) * int(width) * 2)
@@ -174,7 +195,7 @@ def rows(chip: str, found: Mapping[tuple[str, str, str, str], Figures]) -> list[
 
 def _best(found: Mapping[tuple[str, str, str, str], Figures], width: str, kernel: str, whole: bool = False) -> Figures:
   """Of splash attention with the block size that suits it best, by its steps or by all of its code."""
-  return min((f for (who, _, *case), f in found.items() if who != "jflash" and case == [width, kernel]),
+  return min((f for (who, _, *case), f in found.items() if who.startswith("splash") and case == [width, kernel]),
              key=lambda f: f.full + whole * f.once)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jflash
-from jflash import _plan, _tiles_tpu, masks
+from jflash import _api, _plan, _tiles_tpu, masks
 from jflash._tiles_tpu import Core, Cost
 from pallas_kernels.schedule import EMPTY, FULL, PARTIAL
 from tests import tpu_topology
@@ -85,17 +85,33 @@ def test_an_estimate_by_hand():
 
 def test_narrow_windows_have_narrow_tiles():
   """Of 1024 columns most would be computed for nothing."""
-  wide, narrow = (explain("v6e", 1, 16384, 1, 128, local_window_size=(w, 0)) for w in (8191, 255))
+  wide, narrow = (explain("v6e", 1, 32768, 1, 128, local_window_size=(w, 0)) for w in (32767, 255))
   assert math.prod(narrow.tiles) < math.prod(wide.tiles) and math.prod(narrow.backward_tiles) < math.prod(wide.backward_tiles)
 
 
-@pytest.mark.parametrize("options", [
-    {"bias": Struct((1, 1, 4096, 4096), jnp.float32)}, {"logits_soft_cap": 30.0}, {"scale": Struct((), jnp.float32)},
-    {"query_segment_ids": Struct((1, 4096), jnp.int32), "key_value_segment_ids": Struct((1, 4096), jnp.int32)},
-    {"mask": masks.BlockSparse(np.eye(16, dtype=bool), (256, 256))}, {"dropout_rate": 0.1, "dropout_key": Struct((2,), jnp.uint32)}])
-def test_what_no_costs_are_known_of_has_the_rule(options):
-  why = explain("v6e", 1, 4096, 2, 128, **options)
-  assert why.tiles == why.backward_tiles == ((256, 256) if "mask" in options else (512, 512)) and why.estimate == {}
+def plan(chip, arrays, **options):
+  """With arrays by name that are known at run time only."""
+  found = []
+
+  def record(q, arrays):
+    found.append(_plan.plan_tpu(_api.make_problem(q, q, q, **arrays, **options)))
+
+  with jax.default_device(tpu_topology.device(chip)):
+    jax.eval_shape(record, Struct((1, 4096, 2, 128), jnp.bfloat16), arrays)
+  return found[0]
+
+
+IDS = Struct((1, 4096), jnp.int32)
+
+
+@pytest.mark.parametrize("arrays, options", [
+    ({"bias": Struct((1, 1, 4096, 4096), jnp.float32)}, {}), ({}, {"logits_soft_cap": 30.0}), ({"scale": Struct((), jnp.float32)}, {}),
+    ({"query_segment_ids": IDS, "key_value_segment_ids": IDS}, {}), ({}, {"mask": masks.BlockSparse(np.eye(16, dtype=bool), (256, 256))}),
+    ({"dropout_key": Struct((2,), jnp.uint32)}, {"dropout_rate": 0.1})])
+def test_what_no_costs_are_known_of_has_the_rule(arrays, options):
+  assert plan("v6e", {}).tiles != (512, 512)
+  found = plan("v6e", arrays, **options)
+  assert found.tiles == ((256, 256) if "mask" in options else (512, 512)) and found.backward_tiles is None
 
 
 def test_other_chips_and_no_chip_have_the_rule(monkeypatch):
