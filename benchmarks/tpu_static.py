@@ -22,7 +22,7 @@ import jflash
 from jflash import _api, _plan, _tiles_tpu
 from jflash._tiles_tpu import CORES, PRODUCTS
 
-from . import chips, options, report, tpu_schedule
+from . import chips, jaxprs, ledger, options, report, tpu_schedule
 from .tpu_schedule import Schedule
 
 WIDTHS = 64, 128, 256
@@ -47,6 +47,7 @@ ours, to see whether V is finite before a tile with a mask; at most. MATMUL, VAL
 that a full tile uses (matrix products, vector arithmetic, moves across lanes, exponentials). spills: the share of the slots
 for vector stores that go to spills.
 
+VMEM: a block of each operand, and scratch; what is loaded ahead has a second one, and the scores of a tile come on top.
 KiB: what a full tile brings from memory, for 512 x 512 scores. TFLOP/s: what a core would reach on full tiles by the largest
 of bundles / clock, KiB / bandwidth and the time of its products at the matrix units' peak (bundles may be packed closer than
 those take them), with 2 products forward and 5 backward counted; of peak: as a share of that. Left out: the waits of products
@@ -175,8 +176,18 @@ def measure(chip: str, make: str = "cases") -> dict[tuple[str, str, str, str], F
   return found
 
 
+def on_chip(chip: str) -> dict[tuple[str, str], int]:
+  """(case, pass) -> bytes in VMEM for a block of each operand and for scratch, of the kernel that has most."""
+  found = {}
+  with jax.default_device(chips.device(chip)):
+    for case, (fun, args) in cases().items():
+      forward, *backward = [ledger.on_chip(x) for x in jaxprs.trace(fun, *args).operations if x.name == jaxprs.KERNEL]
+      found |= {(case, "forward"): forward, (case, "backward"): max(backward)}
+  return found
+
+
 def rows(chip: str, found: Mapping[tuple[str, str, str, str], Figures]) -> list[report.Line]:
-  made, core = [], CORES[chip]
+  made, core, blocks = [], CORES[chip], on_chip(chip)
   for who, mask, width, kernel in sorted(found, key=lambda key: (int(key[2]), KERNELS.index(key[3]), key[0], key[1])):
     f, best = found[who, mask, width, kernel], _best(found, width, kernel)
     whole = _best(found, width, kernel, whole=True)
@@ -187,7 +198,8 @@ def rows(chip: str, found: Mapping[tuple[str, str, str, str], Figures]) -> list[
                "× splash": f"{f.full / best.full:.2f}", "× its kernel": f"{f.full / (whole.full + whole.once):.2f}",
                "partial": report.text(f.partial, ".0f"), "alone": report.text(f.alone, ".0f"), "once": f"{f.once:.0f}"}
     shares = {("spills" if unit == "VSTORE:SPILL" else unit): f"{share:.2f}" for unit, share in f.shares.items()}
-    model = {"KiB": f"{f.loaded / 1024:.0f}", "TFLOP/s": f"{work / seconds / 1e12:.0f}",
+    model = {"VMEM, KiB": f"{blocks[f'{who} {mask} {width}', kernel] / 1024:.0f}", "KiB": f"{f.loaded / 1024:.0f}",
+             "TFLOP/s": f"{work / seconds / 1e12:.0f}",
              "of peak": f"{work / seconds / core.peak:.2f}"}
     made.append(report.Line(name=who, columns=columns | shares | model))
   return made
