@@ -178,9 +178,9 @@ def measure(chip: str, make: str = "cases") -> dict[tuple[str, str, str, str], F
 
 def on_chip(chip: str) -> dict[tuple[str, str], int]:
   """(case, pass) -> bytes in VMEM for a block of each operand and for scratch, of the kernel that has most."""
-  found = {}
+  found, made = {}, cases()
   with jax.default_device(chips.device(chip)):
-    for case, (fun, args) in cases().items():
+    for case, (fun, args) in made.items():
       forward, *backward = [ledger.on_chip(x) for x in jaxprs.trace(fun, *args).operations if x.name == jaxprs.KERNEL]
       found |= {(case, "forward"): forward, (case, "backward"): max(backward)}
   return found
