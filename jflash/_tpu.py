@@ -20,10 +20,7 @@ def supports(problem: Problem) -> str | None:
   """None, or why the kernels cannot compute this problem."""
   if problem.q.dtype == jnp.float64:
     return "a TPU has no float64; use implementation='xla'"
-  asked = _plan.forced_tiles()
-  if asked and not _plan.interpreting() and any(side % 128 for side in asked):
-    return f"its tiles are multiples of 128 and `tiles` is {asked}"
-  if reason := _too_long(problem):
+  if not _plan.interpreting() and (reason := _of_tiles(_plan.forced_tiles()) or _too_long(problem)):
     return reason
   for program in programs(problem.logits):
     if program.reason:
@@ -31,6 +28,12 @@ def supports(problem: Problem) -> str | None:
     if program.largest_table > lookup.LARGEST:
       return (f"{program.name} looks up {program.largest_table} entries by query and key together, and a kernel at most "
               f"{lookup.LARGEST}; use implementation='xla', or bucket the positions")
+  return None
+
+
+def _of_tiles(asked: tuple[int, int] | None) -> str | None:
+  if asked is not None and any(side % 128 for side in asked):
+    return f"its tiles are multiples of 128 and `tiles` is {asked}"
   return None
 
 
