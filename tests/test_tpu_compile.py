@@ -271,3 +271,12 @@ def test_very_long_sequences_compile(options):
   arrays = (("query_segment_ids", (batch, 131072), I32), ("key_value_segment_ids", (batch, 131072), I32)) if batch > 1 else ()
   compiled, _ = compile_gradient("v5e", ((batch, 131072, 1, 64),) * 3, BF16, arrays, {"is_causal": True})
   assert (compiled.as_text().count(" while(") > 0) == (batch > 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [28672, 32768])
+def test_long_sequences_compile_in_the_largest_tiles(length):
+  """With dQ on chip beside them, and with two kernels."""
+  qkv = ((1, length, 1, 128),) * 3
+  _, count = compile_gradient("v6e", qkv, BF16, (), {"is_causal": True, "tiles": (1024, 1024)})
+  assert count == (2 if length == 28672 else 3)
