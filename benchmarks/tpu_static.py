@@ -131,8 +131,9 @@ class Figures:
 def figures(schedule: Schedule, tile: int, loaded: float = 0.0) -> Figures:
   """
   Args:
-    schedule: of a kernel with one step for all tiles, or of one of ours: a step for partial tiles and one for full ones, or for two
-      full ones at once, for two with a mask, for one with a mask, and those for values that are not finite.
+    schedule: of a kernel with one step for all tiles, or of one of ours: a step for partial tiles and one for full ones; or for two
+      full ones at once and one alone; or for two full ones, for two with a mask, for one with a mask, and those for values that are
+      not finite.
     tile: scores of a tile.
     loaded: bytes that come from memory with a tile.
   """
@@ -140,6 +141,8 @@ def figures(schedule: Schedule, tile: int, loaded: float = 0.0) -> Figures:
   once = schedule.bundles - sum(step.bundles + step.rare for step in schedule.steps)
   if len(steps) == 5:
     full, (whole, partial, alone) = 0, (steps[0] / 2, steps[1] / 2, steps[2])
+  elif len(steps) == 2 and schedule.steps[0].use["MATMUL"] > 1.5 * schedule.steps[1].use["MATMUL"]:
+    full, (whole, partial, alone) = 0, (steps[0] / 2, None, steps[1])
   else:
     full, (whole, partial, alone) = len(steps) - 1, (steps[-1], steps[0] if len(steps) > 1 else None, None)
   shares = {unit: schedule.share(unit, full) for unit in UNITS if unit in schedule.capacity}

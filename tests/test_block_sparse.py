@@ -175,8 +175,8 @@ def lists(backend, mask, q, k, **positions):
   sizes = _mask.Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1], **positions)
   problem = Problem(q, k, k, Logits(1.0, mask=mask.bind(sizes), **positions))
   plan = {"xla": _plan.plan_xla, "tpu": _plan.plan_tpu}[backend](problem)
-  rows, columns, _ = _plan.make_schedule(problem, plan)
-  return rows, columns, plan
+  visits = _plan.make_schedule(problem, plan)
+  return visits.rows, visits.columns, plan
 
 
 def visited(visits, shape):

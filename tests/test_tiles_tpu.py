@@ -123,6 +123,15 @@ def test_other_chips_and_no_chip_have_the_rule(monkeypatch):
   assert (why.tiles, why.estimate) == ((512, 512), {})
 
 
+def test_shares_are_those_of_the_forward_tiles():
+  why = explain("v6e", 1, 4096, 2, 128, is_causal=True)
+  assert why.tiles != why.backward_tiles
+  with _plan.force_tiles(*why.tiles):
+    alone = explain("v6e", 1, 4096, 2, 128, is_causal=True)
+  assert (why.tile_count, why.skipped, why.partial, why.full) == (alone.tile_count, alone.skipped, alone.partial, alone.full)
+  assert why.tile_count == 2 * 4096**2 // math.prod(why.tiles)
+
+
 # Tiles that differ between passes, and tiles that are asked for --------------------------------------------------------
 
 
