@@ -97,7 +97,7 @@ def compute(problem: Problem, sinks: Any, implementation: str | None, tiles: Any
   """`(out [B, T, N, E], lse [B, T, N])` by the backend that is named or chosen."""
   if sinks is not None:
     sinks = _check.sinks(sinks, problem.heads)
-  with contextlib.nullcontext() if tiles is None else _plan.force_tiles(*_check.tiles(tiles)):
+  with in_tiles(tiles):
     backend, _ = _backends.select(problem, implementation)
     plan = backend.plan(problem)
     visits = _plan.make_schedule(problem, plan)
@@ -107,6 +107,11 @@ def compute(problem: Problem, sinks: Any, implementation: str | None, tiles: Any
   # A key more for every row, whose value is 0.
   merged, lse = softmax.merge((out.astype(lse.dtype), lse), (jnp.zeros((), lse.dtype), jnp.asarray(sinks).astype(lse.dtype)))
   return merged.astype(out.dtype), lse
+
+
+def in_tiles(tiles: Any) -> contextlib.AbstractContextManager[None]:
+  """Plans that are made inside have the tiles that are asked for, if any are."""
+  return contextlib.nullcontext() if tiles is None else _plan.force_tiles(*_check.tiles(tiles))
 
 
 def make_problem(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, *, scale: Any = None,

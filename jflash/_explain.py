@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import math
@@ -85,9 +84,8 @@ class Explanation:
     if self.estimate:
       times = ", ".join(f"{_seconds(x)} {name}" for name, x in self.estimate.items())
       rows.append(("estimate", f"{times}, on one core, by the compiler's schedule"))
-    rows += [
-             ("saved", f"{_bytes(self.saved_bytes)} for the backward pass; dense attention, with its probabilities: "
-                        f"{_bytes(self.naive_saved)}"), ("", parts)]
+    rows += [("saved", f"{_bytes(self.saved_bytes)} for the backward pass; dense attention, with its probabilities: "
+                       f"{_bytes(self.naive_saved)}"), ("", parts)]
     return "\n".join(f"{name:<14} {text}" for name, text in rows)
 
 
@@ -139,7 +137,7 @@ explain.__signature__ = _SIGNATURE.replace(return_annotation="Explanation")  # t
 
 
 def _explain(arguments: dict[str, Any]) -> Explanation:
-  with contextlib.nullcontext() if arguments["tiles"] is None else _plan.force_tiles(*_check.tiles(arguments["tiles"])):
+  with _api.in_tiles(arguments["tiles"]):
     return _explain_tiled(arguments)
 
 
