@@ -65,6 +65,30 @@ def test_reading(tmp_path):
   assert (figures.partial, figures.full, figures.once) == (8, 4, 2 * (11 - 6 - 2))
 
 
+def schedule(*steps):
+  """Of steps (bundles, products), with 100 bundles around them."""
+  made = [tpu_schedule.Step(bundles, 0, {"MATMUL": products}) for bundles, products in steps]
+  return tpu_schedule.Schedule("jflash_forward", 100 + sum(b for b, _ in steps), {"MATMUL": 1}, {}, made)
+
+
+@pytest.mark.parametrize("steps, found", [
+    ([(50, 40)], (50, None, None)), ([(60, 40), (50, 40)], (50, 60, None)), ([(90, 80), (50, 40)], (45, None, 50)),
+    ([(90, 80), (120, 80), (70, 40), (75, 40), (76, 40)], (45, 60, 70))])
+def test_steps_of_two_visits_are_halved(steps, found):
+  """One step; with a mask and without; two without a mask and one; two without, two with and one with, and what is not finite."""
+  figures = tpu_static.figures(schedule(*steps), tpu_static.UNIT)
+  assert (figures.full, figures.partial, figures.alone, figures.once) == (*found, 100)
+  full, partial, alone = found
+  assert tpu_tiles.cost(schedule(*steps)) == (full, partial or full, alone or partial or full, 100)
+
+
+def test_the_search_writes_a_table_that_can_be_read():
+  space = {}
+  exec(tpu_tiles.text(_tiles_tpu.TABLE), space)
+  assert {key: {tile: _tiles_tpu.Cost(*cost) for tile, cost in costs.items()} for key, costs in space["TABLE"].items()} == _tiles_tpu.TABLE
+  assert space["LIBTPU"] == tpu_schedule.libtpu_version()
+
+
 def test_another_format_is_refused(tmp_path):
   with pytest.raises(ValueError, match="has 11 bundles and .* 10 rows"):
     tpu_schedule.read(*write(tmp_path, use=USE.rpartition("0 1")[0]))
