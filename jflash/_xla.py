@@ -42,7 +42,7 @@ def forward(problem: Problem, plan: Plan, schedule: Schedule) -> tuple[Any, Any]
 
       def compute(masked, state):
         s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked)
-        return softmax.accumulate(state, s, lambda p: _weigh(walk, s, v, masked, walk.drop(leaves, p)))
+        return softmax.accumulate(state, _rounded(s), lambda p: _weigh(walk, s, v, masked, walk.drop(leaves, p)))
 
       return by_kind(plan, kind, compute, lambda state: state, state)
 
@@ -72,7 +72,7 @@ def tangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: Any
     q, dq, k, dk = (softmax.finite(x) if masked else x for x in (q, dq, k, dk))
     s, ds = jax.jvp(functools.partial(_scores, walk, place, masked), (walk.product.scores(walk.algebra, q, k), leaves),
                     (walk.product.tangent(walk.algebra, q, k, dq, dk), moves))
-    p = softmax.probabilities(s, lse)
+    p = softmax.probabilities(_rounded(s), lse)
     pds = p * jnp.where(s == -jnp.inf, 0, ds)
     weigh = lambda v, p: _weigh(walk, s, v, masked, walk.drop(leaves, p))
     return Parts([weigh(v, pds) + weigh(dv, p), pds.sum(-1, keepdims=True)], [], [])
@@ -100,7 +100,7 @@ def cotangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: A
     q, k, v = (softmax.finite(x) if masked else x for x in (q, k, v))
     moving = lambda qk, some: _scores(walk, place, masked, qk, _put(tiles.leaves, wanted, some))
     s, pull = jax.vjp(moving, walk.product.scores(walk.algebra, q, k), [x for w, x in zip(wanted, tiles.leaves) if w])
-    p = softmax.probabilities(s, lse)
+    p = softmax.probabilities(_rounded(s), lse)
     ds = softmax.dscores(p, walk.drop(tiles.leaves, walk.algebra.nt(dout, v)), delta)
     if masked:  # a row that sees a NaN has an lse of NaN, which is not for keys that it does not see
       p, ds = (jnp.where(s == -jnp.inf, 0, x) for x in (p, ds))
@@ -116,6 +116,15 @@ def cotangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: A
   cut = lambda x, like: x[tuple(slice(n) for n in like.shape)].astype(like.dtype)
   given = jax.tree.leaves(problem.logits)
   return cut(dq, problem.q), cut(dk, problem.k), cut(dv, problem.v), [cut(x, given[n]) for n, x in zip(numbers, dleaves)]
+
+
+def _rounded(s: Any) -> Any:
+  """Scores, as numbers of their dtype.
+
+  XLA's CPU compiler contracts a product and the subtraction of a maximum into one operation, which rounds once: scores of 10^10
+  then differ from themselves by hundreds, and exp overflows. It does not reach past a minimum.
+  """
+  return jnp.minimum(s, jnp.finfo(s.dtype).max)
 
 
 def _scores(walk: Walk, place: Place, masked: bool, qk: Any, leaves: list[Any]) -> Any:

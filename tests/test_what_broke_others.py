@@ -276,6 +276,27 @@ def test_huge_scores(backend, dtype, size):
   np.testing.assert_allclose(ours.grads["query"][clear].astype(np.float64), dq[clear], rtol=4 * eps, atol=rounding)
 
 
+@pytest.mark.parametrize("tiles", [(5, 64), (5, 160), (48, 80)])
+@pytest.mark.parametrize("size", [1e6, 1e10, 1e14])
+def test_huge_scores_with_a_scale_that_rounds(size, tiles):
+  """Where XLA contracts the scale's product and the subtraction of the maximum, a score differs from itself by its last digit."""
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(1, n, 1, 7)) for n in (5, 160, 160))
+  q, k = (x * size**0.5 for x in (q, k))
+  attend = functools.partial(attention, "xla", tiles=tiles)
+  (out, _), pull = jax.vjp(attend, *(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+  s = np.einsum("bthd,bshd->bts", *(x.astype("f").astype(float) for x in (q, k)))[0] * 7**-0.5
+  first, at = np.diff(np.sort(s)[:, -2:])[:, 0], s.argmax(-1)
+  assert (first > 100).all()
+  np.testing.assert_allclose(out[0, :, 0], v[0, at, 0], rtol=1e-6)
+  dq, dk, dv = pull((jnp.ones_like(out), jnp.zeros((1, 5, 1))))
+  np.testing.assert_array_equal(dv[0, :, 0, 0], np.bincount(at, minlength=160))
+  assert np.isfinite(dq).all() and np.isfinite(dk).all()
+  _, moved = jax.jvp(lambda v: attend(*(jnp.asarray(x, jnp.float32) for x in (q, k)), v)[0], (jnp.asarray(v, jnp.float32),),
+                     (jnp.ones(v.shape, jnp.float32),))
+  np.testing.assert_array_equal(moved, jnp.ones_like(out))
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.7])
 @each_backend
 def test_scales(backend, scale):
