@@ -2,8 +2,9 @@
 
     python -m benchmarks.tpu_tiles
 
-compiles `jflash.attention` in each of `TILES` (`benchmarks.tpu_schedule`) and writes `jflash/_tiles_tpu_table.py`; one process
-on a busy machine took an hour. With `--chips`, `--widths` or `--dtypes` it replaces those entries alone. A tile that does not compile has no entry.
+compiles `jflash.attention` in each of `TILES` (`benchmarks.tpu_schedule`) and writes `jflash/_tiles_tpu_table.py`; one
+process on a busy machine took an hour. With `--chips`, `--widths` or `--dtypes` it replaces those entries alone. A tile that does
+not compile has no entry.
 """
 
 from __future__ import annotations
