@@ -38,6 +38,13 @@ class Schedule(NamedTuple):
   dq: schedule.Visits | None = None  # row by row in tiles of the backward pass, where that has its own and a kernel for dQ
 
 
+class WalkSchedule(NamedTuple):
+  """The visits of all passes of "xla", row by row."""
+
+  rows: schedule.RowVisits
+  kinds: Any
+
+
 class LaunchSchedule(NamedTuple):
   """The same for kernels that have tiles of their own each, "mosaic_gpu"."""
 
@@ -47,6 +54,9 @@ class LaunchSchedule(NamedTuple):
   kinds: Any  # for the forward kernel's tiles
   dq_kinds: Any
   fused: schedule.RowVisits | None = None  # of columns
+
+
+AnySchedule = Schedule | WalkSchedule | LaunchSchedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +72,8 @@ class Plan:
   together: int = 1  # visits that the forward pass of "tpu" computes in one step, 1 or 2
   one_kernel: bool = False  # whether its backward pass is one kernel, with dQ of all queries on chip
   launches: _tiles_gpu.Launches | None = None  # of "mosaic_gpu"
+  walks: bool = False  # whether a pass walks from tile to tile in loops of its own, as "xla" does
+  one_visit: bool = False  # whether there is one tile, and of one kind for all batch elements and heads
 
 
 @contextlib.contextmanager
@@ -134,17 +146,22 @@ def platform() -> str:
 def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
   """Tiles of 128 to 512, and as many heads at a time as keep a step at `scores` (by default, a cache or 1 GiB full of them)."""
   on_cpu = platform() == "cpu"
-  length = max(problem.queries, problem.keys)
-  # Distances are quickest in larger tiles: n = 16,384, d = 2 takes an eighth less in 1024 x 1024 than in 512 x 512.
-  side = 1024 if problem.product is products.Distance else 512 if length >= 4096 else 256
-  blocks = _blocks(problem, side)
-  tiles = _forced_tiles.get() or blocks
+  tiles = _forced_tiles.get() or _blocks(problem, *_xla_sides(problem, on_cpu))
   tiles = min(tiles[0], problem.queries), min(tiles[1], problem.keys)
   lead = _table_lead(problem)
-  limit = (scores or (1 << 20 if on_cpu else 1 << 28)) // (tiles[0] * tiles[1] * problem.groups)
+  limit = (scores or (1 << 19 if on_cpu else 1 << 28)) // (tiles[0] * tiles[1] * problem.groups)
   heads = _divisor(problem.kv_heads, limit) if lead[1] == 1 else 1
   batch = _divisor(problem.batch, limit // heads) if lead[0] == 1 and heads == problem.kv_heads else 1
-  return Plan(tiles, (batch, heads), on_cpu and problem.dtype == jnp.float32, False)
+  return Plan(tiles, (batch, heads), on_cpu and problem.q.dtype == jnp.float16, False, walks=True)
+
+
+def _xla_sides(problem: Problem, on_cpu: bool) -> tuple[int, int]:
+  """Rows and columns of a tile (benchmarks/results/attention-cpu.md)."""
+  if problem.product is products.Distance:  # n = 16,384, d = 2 takes an eighth less in 1024 x 1024 than in 512 x 512
+    return 1024, 1024
+  if on_cpu:  # the compiler of JAX 0.10 multiplies matrices of more rows faster
+    return 512 if jax.__version_info__ < (0, 11) else 256, 256
+  return (512, 512) if max(problem.queries, problem.keys) >= 4096 else (256, 256)
 
 
 def plan_tpu(problem: Problem) -> Plan:
@@ -186,7 +203,8 @@ def tpu_lists(problem: Problem, plan: Plan) -> tuple[tuple[int, int], int]:
 
 def _tpu_rule(problem: Problem) -> tuple[int, int]:
   width = max(problem.width, problem.value_width)
-  return _blocks(problem, 512 if width <= 256 else 256 if width <= 512 else 128)
+  side = 512 if width <= 256 else 256 if width <= 512 else 128
+  return _blocks(problem, side, side)
 
 
 def _tpu_tiles(problem: Problem, tiles: tuple[int, int]) -> tuple[int, int]:
@@ -202,7 +220,7 @@ def tpu_estimates(problem: Problem) -> dict[str, tuple[tuple[int, int], float]]:
   """
   logits = problem.logits
   if (platform() != "tpu" or problem.product is not products.Dot or not logits.plain or logits.dropout is not None
-      or any(isinstance(x, jax.Array) for x in mask_arrays(problem)) or _blocks(problem, 512) != (512, 512)):
+      or any(isinstance(x, jax.Array) for x in mask_arrays(problem)) or _blocks(problem, 512, 512) != (512, 512)):
     return {}
   forced = _forced_tiles.get()
   fits = lambda tiles: forced in (None, tiles) and _tpu_tiles(problem, tiles) == tiles
@@ -241,14 +259,14 @@ def finest_blocks(backend: str, queries: int, keys: int) -> int:
   return side
 
 
-def make_schedule(problem: Problem, plan: Plan) -> Schedule | LaunchSchedule:
+def make_schedule(problem: Problem, plan: Plan) -> AnySchedule:
   """The visits of both passes; a tile at the ragged end is partial, and query heads that share a kv head share a list."""
   if any(isinstance(x, jax.Array) for x in mask_arrays(problem)):  # one compiled function rather than many small operations
     return _schedule_on_device(problem, plan)
   return _schedule(problem, plan)
 
 
-def settle(plan: Plan, visits: Schedule | LaunchSchedule) -> Plan:
+def settle(plan: Plan, visits: AnySchedule) -> Plan:
   """The plan without the kinds of tiles that are known not to occur: code that is not compiled."""
   if not isinstance(visits.kinds, np.ndarray):
     return plan
@@ -256,6 +274,9 @@ def settle(plan: Plan, visits: Schedule | LaunchSchedule) -> Plan:
     visited = [schedule.kind(x.codes) for x in (visits.rows, visits.columns)]  # in tiles that may differ
     return dataclasses.replace(plan, kinds=tuple(kind for kind in plan.kinds if any((x == kind).any() for x in visited)))
   found = [kind for kind in plan.kinds if (visits.kinds == kind).any()]
+  if isinstance(visits, WalkSchedule):
+    one = visits.kinds.shape[2:] == (1, 1) and len(found) == 1 and not (visits.kinds == schedule.EMPTY).any()
+    return dataclasses.replace(plan, kinds=tuple(found), one_visit=one)
   if schedule.PARTIAL not in found:  # other kernels have other tiles
     of_others = [x.partial for x in (visits.dq, visits.dkv, visits.fused) if x is not None]
     found += [schedule.PARTIAL] * any(partial.any() for partial in of_others)
@@ -263,16 +284,19 @@ def settle(plan: Plan, visits: Schedule | LaunchSchedule) -> Plan:
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _schedule_on_device(problem: Problem, plan: Plan) -> Schedule | LaunchSchedule:
+def _schedule_on_device(problem: Problem, plan: Plan) -> AnySchedule:
   return _schedule(problem, plan)
 
 
-def _schedule(problem: Problem, plan: Plan) -> Schedule | LaunchSchedule:
+def _schedule(problem: Problem, plan: Plan) -> AnySchedule:
   if plan.launches is not None:
     forward, dq, dkv = (_kinds(problem, x.of_scores) for x in (plan.launches.forward, plan.launches.dq, plan.launches.dkv))
     visits, of_columns = schedule.row_visits, lambda kinds: schedule.row_visits(kinds.swapaxes(-1, -2))
     fused = plan.launches.fused and of_columns(_kinds(problem, plan.launches.fused.of_scores))
     return LaunchSchedule(visits(forward), visits(dq), of_columns(dkv), forward, dq, fused)
+  if plan.walks:
+    kinds = _kinds(problem, plan.tiles)
+    return WalkSchedule(schedule.row_visits(kinds), kinds)
   by_row, kinds = _row_visits(problem, plan.tiles, plan.together)
   dq = None
   if plan.backward_tiles is not None:
@@ -332,10 +356,10 @@ def _table_lead(problem: Problem) -> tuple[int, int]:
   return tuple(max([x.shape[axis] for x in mask_arrays(problem)], default=1) for axis in (0, 1))  # type: ignore[return-value]
 
 
-def _blocks(problem: Problem, side: int) -> tuple[int, int]:
-  """(side, side), or the blocks of a block-sparse mask where they are smaller: in larger tiles they would not be skipped."""
+def _blocks(problem: Problem, *sides: int) -> tuple[int, int]:
+  """(rows, columns), or the blocks of a block-sparse mask where they are smaller: in larger tiles they would not be skipped."""
   shapes = [part.block_shape for part in parts(problem.logits.mask) if isinstance(part, masks.BlockSparse)]
-  return tuple(min([side, *(max(shape[axis], SMALLEST) for shape in shapes)]) for axis in (0, 1))  # type: ignore[return-value]
+  return tuple(min([side, *(max(shape[axis], SMALLEST) for shape in shapes)]) for axis, side in enumerate(sides))  # type: ignore[return-value]
 
 
 def _divisor(n: int, limit: int) -> int:

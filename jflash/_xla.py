@@ -1,12 +1,12 @@
 """Attention in plain JAX, tiled and linear in memory: the CPU backend, and the one that supports everything.
 
 Three passes over the same walk: forward, tangent (forward mode) and cotangent (reverse mode); the latter two are sums over tiles,
-which have derivatives of their own. What a visit reads is cut out before
-the branch on the tile's kind: inside, XLA's CPU compiler would fuse the slice into the arithmetic, which then is not vectorised.
+which have derivatives of their own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,10 +16,10 @@ import numpy as np
 
 from pallas_kernels import softmax
 
-from ._plan import Plan, Schedule
+from ._plan import Plan, WalkSchedule
 from ._problem import Problem
 from ._xla_sum import Parts, Place, tile_sum
-from ._xla_walk import Walk, by_kind
+from ._xla_walk import Walk, turn
 
 
 def supports(problem: Problem) -> str | None:
@@ -28,34 +28,34 @@ def supports(problem: Problem) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def forward(problem: Problem, plan: Plan, schedule: Schedule) -> tuple[Any, Any]:
+def forward(problem: Problem, plan: Plan, schedule: WalkSchedule) -> tuple[Any, Any]:
   """`(out [B, T, N, E], lse [B, T, N])`."""
-  walk = Walk(problem, plan)
+  unit, logits = problem.logits.in_units()
+  problem = dataclasses.replace(problem, logits=logits)
+  walk, weight = Walk(problem, plan), softmax.powers(unit)
   all_q, all_k, all_v, all_leaves = walk.arrays(problem)
   state = softmax.start((*plan.chunk, walk.groups, plan.tiles[0]), problem.value_width, walk.dtype)
 
   def each_row(chunk, i, buffers):
     q = walk.rows(all_q, chunk, i)
 
-    def visit(j, kind, state):
+    def visit(j, masked, state):
       k, v, leaves = walk.columns(all_k, chunk, j), walk.columns(all_v, chunk, j), [walk.leaf(x, chunk, i, j) for x in all_leaves]
+      s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked)
+      s = s if logits.plain else _rounded(s)
+      return softmax.accumulate(state, s, lambda p: _weigh(walk, s, v, masked, walk.drop(leaves, p)), weight=weight)
 
-      def compute(masked, state):
-        s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked)
-        return softmax.accumulate(state, _rounded(s), lambda p: _weigh(walk, s, v, masked, walk.drop(leaves, p)))
-
-      return by_kind(plan, kind, compute, lambda state: state, state)
-
-    tiles = softmax.finish(walk.each_visit(chunk, i, visit, state))
+    end = walk.each_visit(chunk, i, visit, state)
+    tiles = softmax.finish(end._replace(m=_rounded(unit * end.m)))
     return [walk.put_rows(buffer, x, chunk, i) for buffer, x in zip(buffers, tiles)]
 
-  buffers = [jnp.zeros((*all_q.shape[:3], problem.value_width), problem.v.dtype), jnp.zeros((*all_q.shape[:3], 1), walk.dtype)]
-  out, lse = (x[:, :problem.queries] for x in walk.each_row(schedule.rows, each_row, buffers))
+  buffers = [jnp.zeros((*all_q.shape[:4], problem.value_width), problem.v.dtype), jnp.zeros((*all_q.shape[:4], 1), walk.dtype)]
+  out, lse = map(walk.queries, walk.each_row(schedule.rows, each_row, buffers))
   return out, lse[..., 0]
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def tangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: Any, dproblem: Problem) -> tuple[Any, Any]:
+def tangent(problem: Problem, plan: Plan, schedule: WalkSchedule, out: Any, lse: Any, dproblem: Problem) -> tuple[Any, Any]:
   """(dout, dlse) for the tangents of q, k, v and the float arrays of `logits`; `dproblem` holds zeros where there are none.
 
   By row: dlse = Σ P ∘ dS and dout = (Z ∘ P ∘ dS) V + (Z ∘ P) dV - dlse · out, with Z the factors of dropout.
@@ -77,14 +77,14 @@ def tangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: Any
     weigh = lambda v, p: _weigh(walk, s, v, masked, walk.drop(leaves, p))
     return Parts([weigh(v, pds) + weigh(dv, p), pds.sum(-1, keepdims=True)], [], [])
 
-  rows = [q, dq, walk.fill(lse[..., None], 0, value=-softmax.INF)]
+  rows = [q, dq, walk.along_rows(lse[..., None], -softmax.INF)]
   inputs = Parts(rows, [k, v, dk, dv], leaves + [x for x, m in zip(dleaves, moving) if m])
-  weighed, dlse = (x[:, :problem.queries] for x in tile_sum(walk, tile, inputs, schedule.rows).rows)
+  weighed, dlse = map(walk.queries, tile_sum(walk, tile, inputs, schedule.rows).rows)
   return (weighed - dlse * out.astype(walk.dtype)).astype(out.dtype), dlse[..., 0]
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "wanted"))
-def cotangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: Any, dout: Any, dlse: Any,
+def cotangent(problem: Problem, plan: Plan, schedule: WalkSchedule, out: Any, lse: Any, dout: Any, dlse: Any,
               wanted: tuple[bool, ...]) -> tuple[Any, Any, Any, list[Any]]:
   """(dq, dk, dv, gradients of those leaves of `logits` that are `wanted`), in one pass with five products a tile.
 
@@ -95,9 +95,9 @@ def cotangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: A
   dout, delta = softmax.row_cotangents(out, lse, dout, dlse)
 
   def tile(place, masked, tiles):
-    q, dout, lse, delta = tiles.rows
+    q, dout, lse, delta, turned_q, turned_dout = tiles.rows
     k, v = tiles.columns
-    q, k, v = (softmax.finite(x) if masked else x for x in (q, k, v))
+    q, turned_q, k, v = (softmax.finite(x) if masked else x for x in (q, turned_q, k, v))
     moving = lambda qk, some: _scores(walk, place, masked, qk, _put(tiles.leaves, wanted, some))
     s, pull = jax.vjp(moving, walk.product.scores(walk.algebra, q, k), [x for w, x in zip(wanted, tiles.leaves) if w])
     p = softmax.probabilities(_rounded(s), lse)
@@ -105,17 +105,20 @@ def cotangent(problem: Problem, plan: Plan, schedule: Schedule, out: Any, lse: A
     if masked:  # a row that sees a NaN has an lse of NaN, which is not for keys that it does not see
       p, ds = (jnp.where(s == -jnp.inf, 0, x) for x in (p, ds))
     dqk, dleaves = pull(ds)
+    by_key = walk.algebra._replace(tn=lambda s, _: walk.tn(s, turned_q))
     return Parts([walk.product.dq(walk.algebra, dqk, q, k, masked)],
-                 [walk.product.dk(walk.algebra, dqk, q, k, masked),
-                  walk.algebra.tn(walk.drop(tiles.leaves, p).astype(q.dtype), dout)], dleaves)
+                 [walk.product.dk(by_key, dqk, q, k, masked),
+                  walk.tn(walk.drop(tiles.leaves, p).astype(q.dtype), turned_dout)], dleaves)
 
   # Rows past the end saw nothing: P is 0 whatever their scores.
-  rows = [q, walk.fill(dout, 0), walk.fill(lse[..., None], 0, value=-softmax.INF), walk.fill(delta[..., None], 0)]
+  rows = [q, walk.along_rows(dout), walk.along_rows(lse[..., None], -softmax.INF), walk.along_rows(delta[..., None])]
   numbers = tuple(n for n, w in enumerate(wanted) if w)
-  (dq,), (dk, dv), dleaves = tile_sum(walk, tile, Parts(rows, [k, v], leaves), schedule.rows, numbers, (q.dtype,))
+  (dq,), (dk, dv), dleaves = tile_sum(walk, tile, Parts(rows, [k, v], leaves), schedule.rows, numbers, (q.dtype,),
+                                      lambda rows: [turn(rows[0]), turn(rows[1])])
   cut = lambda x, like: x[tuple(slice(n) for n in like.shape)].astype(like.dtype)
   given = jax.tree.leaves(problem.logits)
-  return cut(dq, problem.q), cut(dk, problem.k), cut(dv, problem.v), [cut(x, given[n]) for n, x in zip(numbers, dleaves)]
+  return (walk.queries(dq), walk.keys(dk).astype(problem.k.dtype), walk.keys(dv).astype(problem.v.dtype),
+          [cut(x, given[n]) for n, x in zip(numbers, dleaves)])
 
 
 def _rounded(s: Any) -> Any:

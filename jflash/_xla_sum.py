@@ -12,19 +12,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import schedule
 
 from ._linear import linear_map
-from ._xla_walk import Chunk, Walk, by_kind
+from ._xla_walk import Chunk, Walk
 
 
 class Parts(NamedTuple):
   """Arrays, or tiles of them: those that run along the queries, along the keys, and those laid out as the logits' are."""
 
-  rows: list[Any]  # [B, T, N, width], tiles [Bc, Kc, G, rows, width]
-  columns: list[Any]  # [B, S, K, width], tiles [Bc, Kc, columns, width]
+  rows: list[Any]  # [B, K, G, T, width], tiles [Bc, Kc, G, rows, width]
+  columns: list[Any]  # [B, K, S, width], tiles [Bc, Kc, columns, width]
   leaves: list[Any]  # [B|1, N|1, T|1, S|1, …], tiles [Bc|1, Kc|1, G|1, rows|1, columns|1, …]
 
   def __add__(self, other: Any) -> Parts:
@@ -54,20 +56,24 @@ class Place(NamedTuple):
 Tile = Callable[[Place, bool, Parts], Parts]  # (place, masked, tiles) -> what the tile adds
 
 
-def tile_sum(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.Visits, gradients_of: tuple[int, ...] = (),
-             row_dtypes: tuple[Any, ...] | None = None) -> Parts:
+Prepare = Callable[[list[Any]], list[Any]]  # (tiles of rows) -> more of them, to be made once for all key tiles
+
+
+def tile_sum(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.RowVisits, gradients_of: tuple[int, ...] = (),
+             row_dtypes: tuple[Any, ...] | None = None, prepare: Prepare = lambda rows: []) -> Parts:
   """The sum of `tile(place, masked, tiles)` over all visited tiles, differentiable in every float array of `inputs`.
 
   Args:
     inputs: arrays that are filled up to whole tiles.
-    visits: row by row.
     gradients_of: which of the leaves the summed leaves are laid out as.
     row_dtypes: of the summed rows; the scores' dtype by default, as all other sums.
+    prepare: what it gives, `tile` finds behind its rows.
   """
+  prepared = lambda place, masked, tiles: tile(place, masked, tiles._replace(rows=tiles.rows + prepare(tiles.rows)))
 
   @jax.custom_jvp
   def total(inputs, visits):
-    return _run(walk, tile, inputs, visits, gradients_of, row_dtypes)
+    return _run(walk, tile, inputs, visits, gradients_of, row_dtypes, prepare)
 
   def tangent(primals, tangents):
     inputs, visits = primals
@@ -81,12 +87,12 @@ def tile_sum(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.Visits, gra
 
     def apply(residuals, moving):
       inputs, visits = residuals
-      added = tile_sum(wide, _tangent_of(tile, inputs, moves), inputs + moving, visits, gradients_of)
+      added = tile_sum(wide, _tangent_of(prepared, inputs, moves), inputs + moving, visits, gradients_of)
       return _as(added, out)
 
     def transpose(residuals, cotangents):
       inputs, visits = residuals
-      summed = tile_sum(wide, _transpose_of(tile, inputs, moves), inputs + cotangents, visits, numbers)
+      summed = tile_sum(wide, _transpose_of(prepared, inputs, moves), inputs + cotangents, visits, numbers)
       return _as(summed, inputs.pick(moves))
 
     return out, linear_map(apply, transpose, primals, Parts(*tangents[0]).pick(moves))
@@ -110,29 +116,31 @@ def _transpose_of(tile: Tile, inputs: Parts, moves: Parts) -> Tile:
   return pulled
 
 
-def _run(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.Visits, gradients_of: tuple[int, ...],
-         row_dtypes: tuple[Any, ...] | None) -> Parts:
+def _run(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.RowVisits, gradients_of: tuple[int, ...],
+         row_dtypes: tuple[Any, ...] | None, prepare: Prepare) -> Parts:
   zeros = lambda x: jnp.zeros(x.shape, walk.dtype)
 
-  def tile_at(chunk, i, j, rows):
-    return Parts(rows, [walk.columns(x, chunk, j) for x in inputs.columns], [walk.leaf(x, chunk, i, j) for x in inputs.leaves])
+  def rows_at(chunk, i):
+    rows = [walk.rows(x, chunk, i) for x in inputs.rows]
+    return rows + [lax.optimization_barrier(x) for x in prepare(rows)]
 
-  def shapes(masked=True):  # of what a tile adds; all tiles are alike
-    zero = jnp.int32(0)
-    chunk = Chunk(zero, zero, None, None)
-    rows = [walk.rows(x, chunk, zero) for x in inputs.rows]
-    return tile(Place(chunk, zero, zero), masked, tile_at(chunk, zero, zero, rows))
+  def added_at(chunk, i, j, masked, rows):
+    columns, leaves = [walk.columns(x, chunk, j) for x in inputs.columns], [walk.leaf(x, chunk, i, j) for x in inputs.leaves]
+    return tile(Place(chunk, i, j), masked, Parts(rows, columns, leaves))
+
+  def shapes():  # of what a tile adds; all tiles are alike
+    zero = np.int32(0)
+    chunk = Chunk(zero, zero, None)
+    return added_at(chunk, zero, zero, True, rows_at(chunk, zero))
 
   added = jax.eval_shape(shapes)
 
   def each_row(chunk, i, sums):
-    rows = [walk.rows(x, chunk, i) for x in inputs.rows]
+    rows = rows_at(chunk, i)
 
-    def visit(j, kind, carry):
+    def visit(j, masked, carry):
       row_sums, columns, leaves = carry
-      tiles = tile_at(chunk, i, j, rows)
-      new = by_kind(walk.plan, kind, lambda masked: tile(Place(chunk, i, j), masked, tiles), lambda: jax.tree.map(
-          lambda x: jnp.zeros(x.shape, x.dtype), added))
+      new = added_at(chunk, i, j, masked, rows)
       return ([x + y for x, y in zip(row_sums, new.rows)],
               [walk.add_columns(x, y, chunk, j) for x, y in zip(columns, new.columns)],
               [walk.add_leaf(x, y, chunk, i, j) for x, y in zip(leaves, new.leaves)])
@@ -142,11 +150,12 @@ def _run(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.Visits, gradien
 
   length = lambda side: walk.counts[side] * walk.plan.tiles[side]
   dtypes = row_dtypes or (walk.dtype,) * len(added.rows)
-  heads = walk.kv_heads * walk.groups
-  buffers = Parts([jnp.zeros((walk.batch, length(0), heads, x.shape[-1]), d) for x, d in zip(added.rows, dtypes)],
-                  [jnp.zeros((walk.batch, length(1), walk.kv_heads, x.shape[-1]), walk.dtype) for x in added.columns],
+  lead = walk.batch, walk.kv_heads
+  buffers = Parts([jnp.zeros((*lead, walk.groups, length(0), x.shape[-1]), d) for x, d in zip(added.rows, dtypes)],
+                  [jnp.zeros((*lead, x.shape[-1], length(1)), walk.dtype) for x in added.columns],
                   [zeros(inputs.leaves[n]) for n in gradients_of])
-  return walk.each_row(visits, each_row, buffers)
+  summed = walk.each_row(visits, each_row, buffers)
+  return summed._replace(columns=[x.swapaxes(-1, -2) for x in summed.columns])
 
 
 def _is_float(x: Any) -> bool:

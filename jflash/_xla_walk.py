@@ -22,19 +22,18 @@ from ._problem import Problem
 
 
 class Chunk(NamedTuple):
-  """Which batch elements, kv heads, and list of visits are being computed (first numbers; the sizes are static)."""
+  """Which batch elements, kv heads, and lists of visits are being computed (first numbers; the sizes are static)."""
 
   batch: Any
   kv_head: Any
-  codes: Any  # [visits]
-  starts: Any  # [query tiles + 1]
+  visits: schedule.RowVisits  # without leading axes
 
 
 class Walk:
   """One pass over a problem, in chunks of `Bc` batch elements and `Kc` kv heads and in tiles of rows and columns.
 
-  It holds sizes and no arrays. Arrays are filled up with zeros to whole tiles. A tile of scores has shape
-  `[Bc, Kc, G, rows, columns]`.
+  It holds sizes and no arrays. Arrays that it cuts have their heads in front and are filled up with zeros to whole tiles:
+  `[B, K, G, T, H]` along the queries, `[B, K, S, H]` along the keys. A tile of scores has shape `[Bc, Kc, G, rows, columns]`.
   """
 
   def __init__(self, problem: Problem, plan: Plan):
@@ -50,9 +49,18 @@ class Walk:
   @property
   def algebra(self) -> products.Algebra:
     return products.Algebra(
-        nt=functools.partial(self.dot, "bkgth,bksh->bkgts"), nn=functools.partial(self.dot, "bkgts,bksh->bkgth"),
-        tn=functools.partial(self.dot, "bkgts,bkgth->bksh"), lay_down=lambda x: x[:, :, None].swapaxes(-1, -2),
+        nt=lambda q, k: self._dot("nth,nsh->nts", _rows(q), _stack(k)).reshape(*q.shape[:4], -1),
+        nn=lambda s, k: self._dot("nts,nsh->nth", _rows(s), _stack(k)).reshape(*s.shape[:4], -1),
+        tn=lambda s, q: self.tn(s, turn(q)), lay_down=lambda x: x[:, :, None].swapaxes(-1, -2),
         over_rows=lambda s: s.sum((2, 3))[..., None])
+
+  def tn(self, s: Any, turned: Any) -> Any:
+    """sᵀ q with q as `turn` has it: (qᵀ s)ᵀ, as XLA's CPU compiler takes twice as long for sᵀ as for the smaller qᵀ."""
+    return self._dot("nht,nts->nhs", _stack(turned), _rows(s)).reshape(*s.shape[:2], -1, s.shape[-1]).swapaxes(-1, -2)
+
+  def _dot(self, spec: str, a: Any, b: Any) -> Any:
+    """Of stacks of matrices; with one more axis, of size one, XLA's CPU compiler would mix a copy into what follows."""
+    return jnp.einsum(spec, a, b, precision=self.precision, preferred_element_type=self.dtype)
 
   def widened(self) -> Walk:
     """The same walk over tiles that are all converted to the dtype of the scores."""
@@ -62,10 +70,27 @@ class Walk:
     return wide
 
   def arrays(self, problem: Problem) -> tuple[Any, Any, Any, list[Any]]:
-    """q, k, v and the arrays of the logits, filled up to whole tiles."""
+    """q, k, v and the arrays of the logits, as they are cut."""
     both = lambda x: functools.reduce(lambda y, side: y if y.shape[side + 2] == 1 else self.fill(y, side, side + 2), (0, 1), x)
-    return (self.fill(problem.q, 0), self.fill(problem.k, 1), self.fill(problem.v, 1),
+    return (self.along_rows(problem.q), self.along_columns(problem.k), self.along_columns(problem.v),
             [both(x) for x in jax.tree.leaves(problem.logits)])
+
+  def along_rows(self, x: Any, value: float = 0) -> Any:
+    """`[B, T, N, width]` as it is cut into rows, filled up with `value`."""
+    x = self.fill(x, 0, value=value)
+    return x.reshape(*x.shape[:2], self.kv_heads, self.groups, -1).transpose(0, 2, 3, 1, 4)
+
+  def along_columns(self, x: Any) -> Any:
+    """`[B, S, K, width]` as it is cut into columns."""
+    return self.fill(x, 1).transpose(0, 2, 1, 3)
+
+  def queries(self, x: Any) -> Any:
+    """The other way: `[B, T, N, width]`."""
+    return x.transpose(0, 3, 1, 2, 4).reshape(self.batch, -1, self.kv_heads * self.groups, x.shape[-1])[:, :self.sizes[0]]
+
+  def keys(self, x: Any) -> Any:
+    """`[B, S, K, width]`."""
+    return x.transpose(0, 2, 1, 3)[:, :self.sizes[1]]
 
   def fill(self, x: Any, side: int, axis: int = 1, value: float = 0) -> Any:
     """Fills an axis that runs along the queries (side 0) or the keys (side 1) up with `value` to whole tiles."""
@@ -73,58 +98,56 @@ class Walk:
     pad = [(0, missing if a == axis else 0) for a in range(x.ndim)]
     return jnp.pad(x, pad, constant_values=value) if missing else x
 
-  def dot(self, spec: str, a: Any, b: Any) -> Any:
-    return jnp.einsum(spec, a, b, precision=self.precision, preferred_element_type=self.dtype)
-
   # Walking ------------------------------------------------------------------------------------------------------------
 
-  def each_row(self, visits: schedule.Visits, body: Callable[[Chunk, Any, Any], Any], init: Any) -> Any:
+  def each_row(self, visits: schedule.RowVisits, body: Callable[[Chunk, Any, Any], Any], init: Any) -> Any:
     """`body(chunk, query tile, carry) -> carry` over all chunks and all query tiles."""
     batch, heads = self.plan.chunk
-    lists, kv_lists = visits.codes.shape[:2]
+    lists, kv_lists = visits.tiles.shape[:2]
 
     def each_chunk(number, carry):
       b, h = number // (self.kv_heads // heads) * batch, number % (self.kv_heads // heads) * heads
-      pick = lambda x: x[b if lists > 1 else 0, h if kv_lists > 1 else 0]
-      chunk = Chunk(b, h, pick(visits.codes), pick(visits.starts))
+      chunk = Chunk(b, h, jax.tree.map(lambda x: x[b if lists > 1 else 0, h if kv_lists > 1 else 0], visits))
       return _loop(self.counts[0], functools.partial(body, chunk), carry)
 
     return _loop((self.batch // batch) * (self.kv_heads // heads), each_chunk, init)
 
-  def each_visit(self, chunk: Chunk, i: Any, body: Callable[[Any, Any, Any], Any], init: Any) -> Any:
-    """`body(key tile, kind, carry) -> carry` over the key tiles that query tile i visits."""
-    step = lambda n, carry: body(schedule.inner(chunk.codes[n]), schedule.kind(chunk.codes[n]), carry)
-    return lax.fori_loop(chunk.starts[i], chunk.starts[i + 1], step, init)
+  def each_visit(self, chunk: Chunk, i: Any, body: Callable[[Any, bool, Any], Any], init: Any) -> Any:
+    """`body(key tile, masked, carry) -> carry` over the key tiles that query tile i visits, those that are masked first."""
+    if self.plan.one_visit:
+      return body(np.int32(0), self.plan.kinds[0] == schedule.PARTIAL, init)
+    visits = chunk.visits
+    first, end = visits.starts[i], visits.starts[i + 1]
+    middle = first + visits.partial[i]
+    for kind, start, stop in ((schedule.PARTIAL, first, middle), (schedule.FULL, middle, end)):
+      if kind in self.plan.kinds:
+        # A tile's number is looked up one step before: XLA's CPU compiler would do it again for each element of the mask.
+        step = lambda n, at, masked=kind == schedule.PARTIAL: (visits.tiles[n + 1], body(at[0], masked, at[1]))
+        _, init = lax.fori_loop(start, stop, step, (visits.tiles[start], init))
+    return init
 
   # Tiles of q, k, v and their like ------------------------------------------------------------------------------------
 
   def rows(self, x: Any, chunk: Chunk, i: Any) -> Any:
-    """Query tile i of `[B, T, N, H]` as `[Bc, Kc, G, rows, H]`."""
-    (batch, heads), size = self.plan.chunk, self.plan.tiles[0]
-    x = lax.dynamic_slice(x, _start(chunk.batch, i * size, chunk.kv_head * self.groups, 0),
-                          (batch, size, heads * self.groups, x.shape[3]))
-    return self._widen(x.reshape(batch, size, heads, self.groups, -1).transpose(0, 2, 3, 1, 4))
+    """Query tile i of `[B, K, G, T, H]`, `[Bc, Kc, G, rows, H]`."""
+    start = _start(chunk.batch, chunk.kv_head, 0, i * self.plan.tiles[0], 0)
+    return self._widen(lax.dynamic_slice(x, start, (*self.plan.chunk, self.groups, self.plan.tiles[0], x.shape[-1])))
 
   def columns(self, x: Any, chunk: Chunk, j: Any) -> Any:
-    """Key tile j of `[B, S, K, H]` as `[Bc, Kc, columns, H]`."""
-    (batch, heads), size = self.plan.chunk, self.plan.tiles[1]
-    x = lax.dynamic_slice(x, _start(chunk.batch, j * size, chunk.kv_head, 0), (batch, size, heads, x.shape[3]))
-    return self._widen(x.transpose(0, 2, 1, 3))
+    """Key tile j of `[B, K, S, H]`, `[Bc, Kc, columns, H]`."""
+    start = _start(chunk.batch, chunk.kv_head, j * self.plan.tiles[1], 0)
+    return self._widen(lax.dynamic_slice(x, start, (*self.plan.chunk, self.plan.tiles[1], x.shape[-1])))
 
   def _widen(self, x: Any) -> Any:
     return x.astype(self.dtype) if self.plan.widen else x
 
   def put_rows(self, buffer: Any, x: Any, chunk: Chunk, i: Any) -> Any:
-    """Writes `[Bc, Kc, G, rows, H]` into query tile i of `[B, T, N, H]`."""
-    batch, heads, groups, size, width = x.shape
-    x = x.transpose(0, 3, 1, 2, 4).reshape(batch, size, heads * groups, width).astype(buffer.dtype)
-    return lax.dynamic_update_slice(buffer, x, _start(chunk.batch, i * size, chunk.kv_head * groups, 0))
+    """Writes `[Bc, Kc, G, rows, H]` into query tile i of `[B, K, G, T, H]`."""
+    return lax.dynamic_update_slice(buffer, x.astype(buffer.dtype), _start(chunk.batch, chunk.kv_head, 0, i * x.shape[3], 0))
 
   def add_columns(self, buffer: Any, x: Any, chunk: Chunk, j: Any) -> Any:
-    """Adds `[Bc, Kc, columns, H]` to key tile j of `[B, S, K, H]`."""
-    x = x.transpose(0, 2, 1, 3)
-    start = _start(chunk.batch, j * x.shape[1], chunk.kv_head, 0)
-    return lax.dynamic_update_slice(buffer, lax.dynamic_slice(buffer, start, x.shape) + x, start)
+    """Adds `[Bc, Kc, columns, H]` to key tile j of `[B, K, H, S]`, in which `tn` has it."""
+    return _add(buffer, x.swapaxes(-1, -2), _start(chunk.batch, chunk.kv_head, 0, j * x.shape[2]))
 
   # Tiles of the logits ------------------------------------------------------------------------------------------------
 
@@ -146,7 +169,7 @@ class Walk:
   def add_leaf(self, buffer: Any, x: Any, chunk: Chunk, i: Any, j: Any) -> Any:
     """Adds a tile `[Bc|1, Kc|1, G|1, rows|1, columns|1]` to `[B|1, N|1, T|1, S|1]`."""
     start, size = self._leaf_slice(buffer, chunk, i, j)
-    return lax.dynamic_update_slice(buffer, lax.dynamic_slice(buffer, start, size) + x.reshape(size), start)
+    return _add(buffer, x.reshape(size), start)
 
   def scores(self, leaves: list[Any], qk: Any, chunk: Chunk, i: Any, j: Any, masked: bool) -> Any:
     """The scores of tile (i, j), given that tile's leaves."""
@@ -172,6 +195,25 @@ def _take(table: Any, index: Any) -> Any:
   return jnp.take(table.reshape(-1), which + index, mode="clip")
 
 
+def turn(x: Any) -> Any:
+  """`[Bc, Kc, G, rows, H]` as `[Bc, Kc, H, G · rows]`, for `Walk.tn`."""
+  return x.reshape(*x.shape[:2], -1, x.shape[-1]).swapaxes(-1, -2)
+
+
+def _stack(x: Any) -> Any:
+  """`[Bc, Kc, m, n]` as matrices one upon the other, `[Bc · Kc, m, n]`."""
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _rows(x: Any) -> Any:
+  """`[Bc, Kc, G, rows, n]` as `[Bc · Kc, G · rows, n]`."""
+  return x.reshape(-1, x.shape[2] * x.shape[3], x.shape[4])
+
+
+def _add(buffer: Any, x: Any, start: tuple[Any, ...]) -> Any:
+  return lax.dynamic_update_slice(buffer, lax.dynamic_slice(buffer, start, x.shape) + x, start)
+
+
 def _start(*indices: Any) -> tuple[Any, ...]:
   """Where a slice starts; JAX wants all of it in one dtype, and Python's integers are int64 where x64 is on."""
   return tuple(lax.convert_element_type(index, np.int32) for index in indices)
@@ -179,11 +221,6 @@ def _start(*indices: Any) -> tuple[Any, ...]:
 
 def _loop(count: int, body: Callable[[Any, Any], Any], init: Any) -> Any:
   """`fori_loop` from 0 that counts in int32, as schedules do, also where JAX's integers have 64 bits."""
+  if count == 1:
+    return body(np.int32(0), init)
   return lax.fori_loop(np.int32(0), np.int32(count), body, init)
-
-
-def by_kind(plan: Plan, kind: Any, compute: Callable, nothing: Callable, *args: Any) -> Any:
-  """`compute(masked, *args)` for a partial or full tile, `nothing(*args)` for an empty one; only for kinds that may occur."""
-  branches = [nothing] + [functools.partial(compute, possible == schedule.PARTIAL) for possible in plan.kinds]
-  number = sum(((kind == possible) * np.int32(n) for n, possible in enumerate(plan.kinds, 1)), np.int32(0))
-  return lax.switch(number, branches, *args)

@@ -37,6 +37,11 @@ def natural(s: Any, base: Any) -> Any:
   return jnp.exp(s - base)
 
 
+def powers(unit: float) -> Weight:
+  """exp(unit · (s - base)), 1 where s is the base, however large."""
+  return natural if unit == 1 else lambda s, base: jnp.exp(unit * (s - base))
+
+
 def powers_of_two(unit: float) -> Weight:
   """exp(unit · (s - base)) as chips do it: one multiplication that adds, and exp2."""
   factor = unit * LOG2_E
@@ -73,9 +78,10 @@ def advance(m: Any, total: Any, s: Any, rows: Rows = COLUMNS, weight: Weight = n
   return highest, shrink * total + rows.sum(p), shrink, p
 
 
-def accumulate(state: State, s: Any, weigh: Callable[[Any], Any], rows: Rows = COLUMNS, all_see: bool = False) -> State:
+def accumulate(state: State, s: Any, weigh: Callable[[Any], Any], rows: Rows = COLUMNS, weight: Weight = natural,
+               all_see: bool = False) -> State:
   """Adds a tile of scores; `weigh(p)` is p V for that tile's values."""
-  m, total, shrink, p = advance(state.m, state.total, s, rows, all_see=all_see)
+  m, total, shrink, p = advance(state.m, state.total, s, rows, weight, all_see=all_see)
   return State(m, total, rows.spread(shrink, state.acc.shape[-1]) * state.acc + weigh(p))
 
 
