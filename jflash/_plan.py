@@ -146,22 +146,39 @@ def platform() -> str:
 def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
   """Tiles of 128 to 512, and as many heads at a time as keep a step at `scores` (by default, a cache or 1 GiB full of them)."""
   on_cpu = platform() == "cpu"
-  tiles = _forced_tiles.get() or _blocks(problem, *_xla_sides(problem, on_cpu))
+  sides, most = _xla_sides(problem) if on_cpu else _sides_by_length(problem), scores or (1 << 19 if on_cpu else 1 << 28)
+  tiles = _forced_tiles.get() or _blocks(problem, *sides)
   tiles = min(tiles[0], problem.queries), min(tiles[1], problem.keys)
   lead = _table_lead(problem)
-  limit = (scores or (1 << 19 if on_cpu else 1 << 28)) // (tiles[0] * tiles[1] * problem.groups)
+  limit = most // max(tiles[0] * tiles[1] * problem.groups, tiles[1] * max(problem.width, problem.value_width) if on_cpu else 0)
+  if on_cpu and _few_queries(problem) and tiles[1] == problem.keys:
+    limit = problem.batch * problem.kv_heads
   heads = _divisor(problem.kv_heads, limit) if lead[1] == 1 else 1
   batch = _divisor(problem.batch, limit // heads) if lead[0] == 1 and heads == problem.kv_heads else 1
   return Plan(tiles, (batch, heads), on_cpu and problem.q.dtype == jnp.float16, False, walks=True)
 
 
-def _xla_sides(problem: Problem, on_cpu: bool) -> tuple[int, int]:
-  """Rows and columns of a tile (benchmarks/results/attention-cpu.md)."""
+def _xla_sides(problem: Problem) -> tuple[int, int]:
+  """Rows and columns of a tile on CPUs, as measured (docs/cpu.md). JAX 0.10 comes with another library for matrix products."""
+  old = jax.__version_info__ < (0, 11)
   if problem.product is products.Distance:  # n = 16,384, d = 2 takes an eighth less in 1024 x 1024 than in 512 x 512
     return 1024, 1024
-  if on_cpu:  # the compiler of JAX 0.10 multiplies matrices of more rows faster
-    return 512 if jax.__version_info__ < (0, 11) else 256, 256
-  return (512, 512) if max(problem.queries, problem.keys) >= 4096 else (256, 256)
+  if _few_queries(problem):  # the keys are read once, and how fast is all that counts
+    return problem.queries, problem.keys if old and _scores(problem) <= 1 << 24 else 512
+  return 512 if old else 256, 256
+
+
+def _few_queries(problem: Problem) -> bool:
+  return problem.queries * problem.groups <= 32 and problem.product is products.Dot
+
+
+def _scores(problem: Problem) -> int:
+  return problem.batch * problem.heads * problem.queries * problem.keys
+
+
+def _sides_by_length(problem: Problem) -> tuple[int, int]:
+  side = 1024 if problem.product is products.Distance else 512 if max(problem.queries, problem.keys) >= 4096 else 256
+  return side, side
 
 
 def plan_tpu(problem: Problem) -> Plan:

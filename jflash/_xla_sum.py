@@ -26,7 +26,7 @@ class Parts(NamedTuple):
   """Arrays, or tiles of them: those that run along the queries, along the keys, and those laid out as the logits' are."""
 
   rows: list[Any]  # [B, K, G, T, width], tiles [Bc, Kc, G, rows, width]
-  columns: list[Any]  # [B, K, S, width], tiles [Bc, Kc, columns, width]
+  columns: list[Any]  # [B, K, S, width] or [B, S, K, width], tiles [Bc, Kc, columns, width]
   leaves: list[Any]  # [B|1, N|1, T|1, S|1, …], tiles [Bc|1, Kc|1, G|1, rows|1, columns|1, …]
 
   def __add__(self, other: Any) -> Parts:
@@ -155,7 +155,7 @@ def _run(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.RowVisits, grad
                   [jnp.zeros((*lead, x.shape[-1], length(1)), walk.dtype) for x in added.columns],
                   [zeros(inputs.leaves[n]) for n in gradients_of])
   summed = walk.each_row(visits, each_row, buffers)
-  return summed._replace(columns=[x.swapaxes(-1, -2) for x in summed.columns])
+  return summed._replace(columns=[walk.summed_columns(x) for x in summed.columns])
 
 
 def _is_float(x: Any) -> bool:

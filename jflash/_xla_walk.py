@@ -33,13 +33,15 @@ class Walk:
   """One pass over a problem, in chunks of `Bc` batch elements and `Kc` kv heads and in tiles of rows and columns.
 
   It holds sizes and no arrays. Arrays that it cuts have their heads in front and are filled up with zeros to whole tiles:
-  `[B, K, G, T, H]` along the queries, `[B, K, S, H]` along the keys. A tile of scores has shape `[Bc, Kc, G, rows, columns]`.
+  `[B, K, G, T, H]` along the queries, `[B, K, S, H]` along the keys. With one tile of queries every tile of keys is cut once, and
+  they stay `[B, S, K, H]`. A tile of scores has shape `[Bc, Kc, G, rows, columns]`.
   """
 
   def __init__(self, problem: Problem, plan: Plan):
     self.plan = plan
     self.sizes = problem.queries, problem.keys
     self.counts = tuple(-(-size // tile) for size, tile in zip(self.sizes, plan.tiles))
+    self.heads_first = self.counts[0] > 1  # along the keys
     self.batch, self.kv_heads, self.groups = problem.batch, problem.kv_heads, problem.groups
     self.dtype = problem.dtype
     self.precision = lax.Precision.HIGHEST if problem.q.dtype == jnp.float32 else None
@@ -82,15 +84,22 @@ class Walk:
 
   def along_columns(self, x: Any) -> Any:
     """`[B, S, K, width]` as it is cut into columns."""
-    return self.fill(x, 1).transpose(0, 2, 1, 3)
+    return self._seen(self.fill(x, 1))
 
   def queries(self, x: Any) -> Any:
-    """The other way: `[B, T, N, width]`."""
+    """What `along_rows` gives as `[B, T, N, width]`."""
     return x.transpose(0, 3, 1, 2, 4).reshape(self.batch, -1, self.kv_heads * self.groups, x.shape[-1])[:, :self.sizes[0]]
 
   def keys(self, x: Any) -> Any:
-    """`[B, S, K, width]`."""
-    return x.transpose(0, 2, 1, 3)[:, :self.sizes[1]]
+    """What `along_columns` gives as `[B, S, K, width]`."""
+    return self._seen(x)[:, :self.sizes[1]]
+
+  def summed_columns(self, x: Any) -> Any:
+    """What `add_columns` has summed, as `along_columns` has it."""
+    return self._seen(x.transpose(0, 3, 1, 2))
+
+  def _seen(self, x: Any) -> Any:
+    return x.swapaxes(1, 2) if self.heads_first else x
 
   def fill(self, x: Any, side: int, axis: int = 1, value: float = 0) -> Any:
     """Fills an axis that runs along the queries (side 0) or the keys (side 1) up with `value` to whole tiles."""
@@ -134,9 +143,13 @@ class Walk:
     return self._widen(lax.dynamic_slice(x, start, (*self.plan.chunk, self.groups, self.plan.tiles[0], x.shape[-1])))
 
   def columns(self, x: Any, chunk: Chunk, j: Any) -> Any:
-    """Key tile j of `[B, K, S, H]`, `[Bc, Kc, columns, H]`."""
-    start = _start(chunk.batch, chunk.kv_head, j * self.plan.tiles[1], 0)
-    return self._widen(lax.dynamic_slice(x, start, (*self.plan.chunk, self.plan.tiles[1], x.shape[-1])))
+    """Key tile j of what `along_columns` gives, `[Bc, Kc, columns, H]`."""
+    (batch, heads), size = self.plan.chunk, self.plan.tiles[1]
+    if self.heads_first:
+      x = lax.dynamic_slice(x, _start(chunk.batch, chunk.kv_head, j * size, 0), (batch, heads, size, x.shape[-1]))
+    else:
+      x = lax.dynamic_slice(x, _start(chunk.batch, j * size, chunk.kv_head, 0), (batch, size, heads, x.shape[-1])).swapaxes(1, 2)
+    return self._widen(x)
 
   def _widen(self, x: Any) -> Any:
     return x.astype(self.dtype) if self.plan.widen else x
@@ -154,7 +167,7 @@ class Walk:
   def leaf(self, x: Any, chunk: Chunk, i: Any, j: Any) -> Any:
     """Tile (i, j) of an array of the logits, `[Bc|1, Kc|1, G|1, rows|1, columns|1, …]`, floats in the scores' dtype."""
     start, size = self._leaf_slice(x, chunk, i, j)
-    x = lax.dynamic_slice(x, start, size)
+    x = lax.optimization_barrier(lax.dynamic_slice(x, start, size))
     x = x.reshape(size[0], *((1, 1) if size[1] == 1 else (self.plan.chunk[1], self.groups)), *size[2:])
     return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
