@@ -41,7 +41,7 @@ def forward(problem: Problem, plan: Plan, schedule: WalkSchedule) -> tuple[Any, 
 
     def visit(j, masked, state):
       k, v, leaves = walk.columns(all_k, chunk, j), walk.columns(all_v, chunk, j), [walk.leaf(x, chunk, i, j) for x in all_leaves]
-      s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked)
+      s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked, differentiated=False)
       s = s if logits.plain else _rounded(s)
       return softmax.accumulate(state, s, lambda p: _weigh(walk, s, v, masked, walk.drop(leaves, p)), weight=weight)
 
@@ -49,8 +49,8 @@ def forward(problem: Problem, plan: Plan, schedule: WalkSchedule) -> tuple[Any, 
     tiles = softmax.finish(end._replace(m=_rounded(unit * end.m)))
     return [walk.put_rows(buffer, x, chunk, i) for buffer, x in zip(buffers, tiles)]
 
-  buffers = [jnp.zeros((*all_q.shape[:4], problem.value_width), problem.v.dtype), jnp.zeros((*all_q.shape[:4], 1), walk.dtype)]
-  out, lse = map(walk.queries, walk.each_row(schedule.rows, each_row, buffers))
+  buffers = [jnp.zeros((*all_q.shape[:3], problem.value_width), problem.v.dtype), jnp.zeros((*all_q.shape[:3], 1), walk.dtype)]
+  out, lse = (x[:, :problem.queries] for x in walk.each_row(schedule.rows, each_row, buffers))
   return out, lse[..., 0]
 
 
@@ -77,9 +77,9 @@ def tangent(problem: Problem, plan: Plan, schedule: WalkSchedule, out: Any, lse:
     weigh = lambda v, p: _weigh(walk, s, v, masked, walk.drop(leaves, p))
     return Parts([weigh(v, pds) + weigh(dv, p), pds.sum(-1, keepdims=True)], [], [])
 
-  rows = [q, dq, walk.along_rows(lse[..., None], -softmax.INF)]
+  rows = [q, dq, walk.fill(lse[..., None], 0, value=-softmax.INF)]
   inputs = Parts(rows, [k, v, dk, dv], leaves + [x for x, m in zip(dleaves, moving) if m])
-  weighed, dlse = map(walk.queries, tile_sum(walk, tile, inputs, schedule.rows).rows)
+  weighed, dlse = (x[:, :problem.queries] for x in tile_sum(walk, tile, inputs, schedule.rows).rows)
   return (weighed - dlse * out.astype(walk.dtype)).astype(out.dtype), dlse[..., 0]
 
 
@@ -111,13 +111,13 @@ def cotangent(problem: Problem, plan: Plan, schedule: WalkSchedule, out: Any, ls
                   walk.tn(walk.drop(tiles.leaves, p).astype(q.dtype), turned_dout)], dleaves)
 
   # Rows past the end saw nothing: P is 0 whatever their scores.
-  rows = [q, walk.along_rows(dout), walk.along_rows(lse[..., None], -softmax.INF), walk.along_rows(delta[..., None])]
+  rows = [q, walk.fill(dout, 0), walk.fill(lse[..., None], 0, value=-softmax.INF), walk.fill(delta[..., None], 0)]
   numbers = tuple(n for n, w in enumerate(wanted) if w)
   (dq,), (dk, dv), dleaves = tile_sum(walk, tile, Parts(rows, [k, v], leaves), schedule.rows, numbers, (q.dtype,),
                                       lambda rows: [turn(rows[0]), turn(rows[1])])
   cut = lambda x, like: x[tuple(slice(n) for n in like.shape)].astype(like.dtype)
   given = jax.tree.leaves(problem.logits)
-  return (walk.queries(dq), walk.keys(dk).astype(problem.k.dtype), walk.keys(dv).astype(problem.v.dtype),
+  return (dq[:, :problem.queries], walk.keys(dk).astype(problem.k.dtype), walk.keys(dv).astype(problem.v.dtype),
           [cut(x, given[n]) for n, x in zip(numbers, dleaves)])
 
 

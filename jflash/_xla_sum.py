@@ -25,7 +25,7 @@ from ._xla_walk import Chunk, Walk
 class Parts(NamedTuple):
   """Arrays, or tiles of them: those that run along the queries, along the keys, and those laid out as the logits' are."""
 
-  rows: list[Any]  # [B, K, G, T, width], tiles [Bc, Kc, G, rows, width]
+  rows: list[Any]  # [B, T, N, width], tiles [Bc, Kc, G, rows, width]
   columns: list[Any]  # [B, K, S, width] or [B, S, K, width], tiles [Bc, Kc, columns, width]
   leaves: list[Any]  # [B|1, N|1, T|1, S|1, …], tiles [Bc|1, Kc|1, G|1, rows|1, columns|1, …]
 
@@ -130,7 +130,7 @@ def _run(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.RowVisits, grad
 
   def shapes():  # of what a tile adds; all tiles are alike
     zero = np.int32(0)
-    chunk = Chunk(zero, zero, None)
+    chunk = Chunk(zero, zero, visits)
     return added_at(chunk, zero, zero, True, rows_at(chunk, zero))
 
   added = jax.eval_shape(shapes)
@@ -150,9 +150,9 @@ def _run(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.RowVisits, grad
 
   length = lambda side: walk.counts[side] * walk.plan.tiles[side]
   dtypes = row_dtypes or (walk.dtype,) * len(added.rows)
-  lead = walk.batch, walk.kv_heads
-  buffers = Parts([jnp.zeros((*lead, walk.groups, length(0), x.shape[-1]), d) for x, d in zip(added.rows, dtypes)],
-                  [jnp.zeros((*lead, x.shape[-1], length(1)), walk.dtype) for x in added.columns],
+  heads = walk.kv_heads * walk.groups
+  buffers = Parts([jnp.zeros((walk.batch, length(0), heads, x.shape[-1]), d) for x, d in zip(added.rows, dtypes)],
+                  [jnp.zeros((walk.batch, walk.kv_heads, x.shape[-1], length(1)), walk.dtype) for x in added.columns],
                   [zeros(inputs.leaves[n]) for n in gradients_of])
   summed = walk.each_row(visits, each_row, buffers)
   return summed._replace(columns=[walk.summed_columns(x) for x in summed.columns])

@@ -32,9 +32,9 @@ class Chunk(NamedTuple):
 class Walk:
   """One pass over a problem, in chunks of `Bc` batch elements and `Kc` kv heads and in tiles of rows and columns.
 
-  It holds sizes and no arrays. Arrays that it cuts have their heads in front and are filled up with zeros to whole tiles:
-  `[B, K, G, T, H]` along the queries, `[B, K, S, H]` along the keys. With one tile of queries every tile of keys is cut once, and
-  they stay `[B, S, K, H]`. A tile of scores has shape `[Bc, Kc, G, rows, columns]`.
+  It holds sizes and no arrays. Arrays that it cuts are filled up with zeros to whole tiles. Along the queries they are
+  `[B, T, N, H]`, as each of their tiles is cut once; along the keys they have the heads in front, `[B, K, S, H]`, unless there is
+  one tile of queries only. A tile of scores has shape `[Bc, Kc, G, rows, columns]`.
   """
 
   def __init__(self, problem: Problem, plan: Plan):
@@ -74,21 +74,12 @@ class Walk:
   def arrays(self, problem: Problem) -> tuple[Any, Any, Any, list[Any]]:
     """q, k, v and the arrays of the logits, as they are cut."""
     both = lambda x: functools.reduce(lambda y, side: y if y.shape[side + 2] == 1 else self.fill(y, side, side + 2), (0, 1), x)
-    return (self.along_rows(problem.q), self.along_columns(problem.k), self.along_columns(problem.v),
+    return (self.fill(problem.q, 0), self.along_columns(problem.k), self.along_columns(problem.v),
             [both(x) for x in jax.tree.leaves(problem.logits)])
-
-  def along_rows(self, x: Any, value: float = 0) -> Any:
-    """`[B, T, N, width]` as it is cut into rows, filled up with `value`."""
-    x = self.fill(x, 0, value=value)
-    return x.reshape(*x.shape[:2], self.kv_heads, self.groups, -1).transpose(0, 2, 3, 1, 4)
 
   def along_columns(self, x: Any) -> Any:
     """`[B, S, K, width]` as it is cut into columns."""
     return self._seen(self.fill(x, 1))
-
-  def queries(self, x: Any) -> Any:
-    """What `along_rows` gives as `[B, T, N, width]`."""
-    return x.transpose(0, 3, 1, 2, 4).reshape(self.batch, -1, self.kv_heads * self.groups, x.shape[-1])[:, :self.sizes[0]]
 
   def keys(self, x: Any) -> Any:
     """What `along_columns` gives as `[B, S, K, width]`."""
@@ -138,9 +129,11 @@ class Walk:
   # Tiles of q, k, v and their like ------------------------------------------------------------------------------------
 
   def rows(self, x: Any, chunk: Chunk, i: Any) -> Any:
-    """Query tile i of `[B, K, G, T, H]`, `[Bc, Kc, G, rows, H]`."""
-    start = _start(chunk.batch, chunk.kv_head, 0, i * self.plan.tiles[0], 0)
-    return self._widen(lax.dynamic_slice(x, start, (*self.plan.chunk, self.groups, self.plan.tiles[0], x.shape[-1])))
+    """Query tile i of `[B, T, N, H]`, `[Bc, Kc, G, rows, H]`."""
+    (batch, heads), size = self.plan.chunk, self.plan.tiles[0]
+    start = _start(chunk.batch, i * size, chunk.kv_head * self.groups, 0)
+    x = lax.dynamic_slice(x, start, (batch, size, heads * self.groups, x.shape[-1]))
+    return self._widen(x.reshape(batch, size, heads, self.groups, -1).transpose(0, 2, 3, 1, 4))
 
   def columns(self, x: Any, chunk: Chunk, j: Any) -> Any:
     """Key tile j of what `along_columns` gives, `[Bc, Kc, columns, H]`."""
@@ -155,8 +148,10 @@ class Walk:
     return x.astype(self.dtype) if self.plan.widen else x
 
   def put_rows(self, buffer: Any, x: Any, chunk: Chunk, i: Any) -> Any:
-    """Writes `[Bc, Kc, G, rows, H]` into query tile i of `[B, K, G, T, H]`."""
-    return lax.dynamic_update_slice(buffer, x.astype(buffer.dtype), _start(chunk.batch, chunk.kv_head, 0, i * x.shape[3], 0))
+    """Writes `[Bc, Kc, G, rows, H]` into query tile i of `[B, T, N, H]`."""
+    batch, heads, groups, size, width = x.shape
+    x = x.transpose(0, 3, 1, 2, 4).reshape(batch, size, heads * groups, width).astype(buffer.dtype)
+    return lax.dynamic_update_slice(buffer, x, _start(chunk.batch, i * size, chunk.kv_head * groups, 0))
 
   def add_columns(self, buffer: Any, x: Any, chunk: Chunk, j: Any) -> Any:
     """Adds `[Bc, Kc, columns, H]` to key tile j of `[B, K, H, S]`, in which `tn` has it."""
@@ -184,7 +179,8 @@ class Walk:
     start, size = self._leaf_slice(buffer, chunk, i, j)
     return _add(buffer, x.reshape(size), start)
 
-  def scores(self, leaves: list[Any], qk: Any, chunk: Chunk, i: Any, j: Any, masked: bool) -> Any:
+  def scores(self, leaves: list[Any], qk: Any, chunk: Chunk, i: Any, j: Any, masked: bool,
+             differentiated: bool = True) -> Any:
     """The scores of tile (i, j), given that tile's leaves."""
     logits: Logits = jax.tree.unflatten(self.structure, leaves)
     (batch, heads), (rows, columns) = self.plan.chunk, self.plan.tiles
@@ -194,7 +190,7 @@ class Walk:
     # Rows past the end count as well: their q is 0, and 0 times a key that is not finite would reach dK and dV.
     edges = [n < size for n, size, tile in ((row, self.sizes[0], rows), (column, self.sizes[1], columns)) if size % tile]
     inside = functools.reduce(jnp.logical_and, edges) if edges else None
-    return logits.scores(qk, logits.coordinates(chunk.batch + iota(batch, 0), head, row, column, _take), masked, inside)
+    return logits.scores(qk, logits.coordinates(chunk.batch + iota(batch, 0), head, row, column, _take), masked, inside, differentiated)
 
   def drop(self, leaves: list[Any], x: Any) -> Any:
     """Dropout of a tile of weights, or of what multiplies them, given that tile's leaves."""
