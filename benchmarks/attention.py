@@ -10,8 +10,10 @@ import argparse
 import dataclasses
 import functools
 import gc
+import importlib
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,11 +27,12 @@ from . import machine, options, report
 from .timing import interleave
 
 PASSES = ("forward", "forward + backward")
+TORCH = "torch"
 LEGEND = """\
 ms: median over the rounds, in which the implementations took turns; ±%: half the distance between the quartiles.
 × jax.nn: how many times faster than the first measured `jax.nn.dot_product_attention` of the same case; below 1 slower.
 TFLOP/s: 4·B·N·H flops a kept pair, 3.5 times that with the backward pass. temp MiB: temporary memory that the compiled
-program asks for, beside its inputs and outputs.
+program asks for, beside its inputs and outputs. compile s: from the call to the compiled program, once, tracing included.
 """
 
 
@@ -79,6 +82,7 @@ class Row(report.Row):
   speedup: float | None = None
   flops: float = 0.0
   temp_bytes: int | None = None
+  compile_seconds: float | None = None
 
   def key(self) -> dict[str, str]:
     return {"pass": self.direction, "dtype": self.dtype, "T": str(self.length), "implementation": self.name}
@@ -87,15 +91,31 @@ class Row(report.Row):
     flops = None if self.times is None else self.flops / self.times.median / 1e12
     temp = None if self.temp_bytes is None else self.temp_bytes / 2**20
     return {**self.time_cells(), "× jax.nn": report.text(self.speedup, ".2f"), "TFLOP/s": report.text(flops, ".3g"),
-            "temp MiB": report.text(temp, ".4g"), **self.round_cells()}
+            "temp MiB": report.text(temp, ".4g"), "compile s": report.text(self.compile_seconds, ".2f"), **self.round_cells()}
 
 
 def candidates(implementations: Sequence[str], peers: Sequence[str]) -> dict[str, Callable]:
   """name -> attention function of (q, k, v, is_causal, local_window_size); the peers come first."""
   chosen = lambda name: None if name == "None" else name
   ours = {"jflash" if i == "None" else f"jflash {i}": (jflash.attention, chosen(i)) for i in implementations}
-  theirs = {f"jax.nn {i}": (jax.nn.dot_product_attention, chosen(i)) for i in peers}
-  return {name: functools.partial(f, implementation=i) for name, (f, i) in (theirs | ours).items()}
+  theirs = {f"jax.nn {i}": (jax.nn.dot_product_attention, chosen(i)) for i in peers if i != TORCH}
+  made = {name: functools.partial(f, implementation=i) for name, (f, i) in (theirs | ours).items()}
+  return made | {TORCH: torch_attention} if TORCH in peers else made
+
+
+def torch_attention(shape: Shape, dtype: str, backward: bool) -> Callable[[], Any]:
+  """PyTorch's attention, with its layout `[B, N, T, H]` prepared, as a call. `pip install torch` is what it takes."""
+  torch = importlib.import_module("torch")
+  if shape.window is not None or shape.kv_heads != shape.heads:
+    raise NotImplementedError("not asked of PyTorch: windows, grouped queries")
+  arrays = [np.array(x.astype(jnp.float32)).swapaxes(1, 2) for x in shape.inputs(dtype, backward)]
+  q, k, v, *dout = (torch.tensor(x, dtype=getattr(torch, dtype)).contiguous() for x in arrays)
+  attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=shape.causal)
+  if not backward:
+    return attend
+  for x in (q, k, v):
+    x.requires_grad_(True)
+  return lambda: torch.autograd.grad(attend(), (q, k, v), *dout)
 
 
 def measure(shape: Shape, dtype: str, backward: bool, functions: dict[str, Callable], args: Any) -> Iterator[Row]:
@@ -105,13 +125,18 @@ def measure(shape: Shape, dtype: str, backward: bool, functions: dict[str, Calla
   for name, function in functions.items():
     row = Row(direction=PASSES[backward], dtype=dtype, length=shape.length, name=name, flops=shape.flops(backward))
     try:
+      if function is torch_attention:
+        calls[name] = torch_attention(shape, dtype, backward)
+        rows.append(row)
+        continue
+      start = time.perf_counter()
       compiled = jax.jit(_workload(function, shape, backward)).lower(*inputs).compile()
-      row = dataclasses.replace(row, temp_bytes=_temp_bytes(compiled))
+      row = dataclasses.replace(row, temp_bytes=_temp_bytes(compiled), compile_seconds=time.perf_counter() - start)
       if (row.temp_bytes or 0) > args.memory_limit * 2**30:
         raise MemoryError(f"{row.temp_bytes / 2**30:.3g} GiB of temporary memory, the limit is {args.memory_limit:.3g}")
       jax.block_until_ready(compiled(*inputs))
       calls[name] = functools.partial(compiled, *inputs)
-    except (RuntimeError, ValueError, MemoryError) as error:  # NotImplementedError, JaxRuntimeError are RuntimeErrors
+    except (RuntimeError, ValueError, MemoryError, ImportError) as error:  # NotImplementedError, JaxRuntimeError are RuntimeErrors
       row = dataclasses.replace(row, note=report.reason(error))
     rows.append(row)
   times = interleave(calls, repeats=args.repeats, seconds=args.seconds) if calls else {}
@@ -149,7 +174,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--window", type=int, help="keys to the left, and without --causal to the right, that are seen")
   parser.add_argument("--implementation", type=options.words, default=["None"], help="of jflash, with commas between")
   parser.add_argument("--peers", type=options.words, default=["xla", "cudnn"] if jax.default_backend() == "gpu" else ["xla"],
-                      help="implementations of jax.nn.dot_product_attention; ratios refer to the first that runs")
+                      help="implementations of jax.nn.dot_product_attention, to the first of which ratios refer, and torch")
   return parser.parse_args(argv)
 
 

@@ -312,8 +312,8 @@ def _schedule(problem: Problem, plan: Plan) -> AnySchedule:
     fused = plan.launches.fused and of_columns(_kinds(problem, plan.launches.fused.of_scores))
     return LaunchSchedule(visits(forward), visits(dq), of_columns(dkv), forward, dq, fused)
   if plan.walks:
-    kinds = _kinds(problem, plan.tiles)
-    return WalkSchedule(schedule.row_visits(kinds), kinds)
+    kinds, most = _bounded_kinds(problem, plan.tiles)
+    return WalkSchedule(schedule.row_visits(kinds, kinds.shape[2] * most), kinds)
   by_row, kinds = _row_visits(problem, plan.tiles, plan.together)
   dq = None
   if plan.backward_tiles is not None:
@@ -326,12 +326,18 @@ def _schedule(problem: Problem, plan: Plan) -> AnySchedule:
 
 def _row_visits(problem: Problem, tiles: tuple[int, int], together: int = 1) -> tuple[schedule.Visits, Any]:
   """The visits row by row, and the kinds of tiles that they come from."""
+  kinds, most = _bounded_kinds(problem, tiles)
+  return schedule.visits(kinds, kinds.shape[2] * most, together), kinds
+
+
+def _bounded_kinds(problem: Problem, tiles: tuple[int, int]) -> tuple[Any, int]:
+  """The kinds of all tiles, and how many in a row are visited at most."""
   kinds = _kinds(problem, tiles)
-  rows, columns = kinds.shape[2:]
+  columns = kinds.shape[3]
   most = _most_in_a_row(problem, tiles, columns)
   if not isinstance(kinds, np.ndarray) and most < columns:
     kinds = schedule.first(kinds, most)
-  return schedule.visits(kinds, rows * most, together), kinds
+  return kinds, most
 
 
 def _kinds(problem: Problem, tiles: tuple[int, int]) -> Any:

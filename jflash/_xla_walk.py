@@ -190,7 +190,8 @@ class Walk:
     # Rows past the end count as well: their q is 0, and 0 times a key that is not finite would reach dK and dV.
     edges = [n < size for n, size, tile in ((row, self.sizes[0], rows), (column, self.sizes[1], columns)) if size % tile]
     inside = functools.reduce(jnp.logical_and, edges) if edges else None
-    return logits.scores(qk, logits.coordinates(chunk.batch + iota(batch, 0), head, row, column, _take), masked, inside, differentiated)
+    at = logits.coordinates(chunk.batch + iota(batch, 0), head, row, column, _take)
+    return logits.scores(qk, at, masked, inside, differentiated)
 
   def drop(self, leaves: list[Any], x: Any) -> Any:
     """Dropout of a tile of weights, or of what multiplies them, given that tile's leaves."""

@@ -113,14 +113,17 @@ class RowVisits(NamedTuple):
   order: Any  # [B|1, K|1, rows], the rows, longest first
 
 
-def row_visits(kinds: Any) -> RowVisits:
-  """The tiles of a table of kinds `[B|1, K|1, rows, columns]` that are not EMPTY, row by row; a row may have none."""
+def row_visits(kinds: Any, most: int | None = None) -> RowVisits:
+  """The tiles of a table of kinds `[B|1, K|1, rows, columns]` that are not EMPTY, row by row; a row may have none.
+
+  `most`: how many there can be in a list of a traced table.
+  """
   static = isinstance(kinds, np.ndarray)
   xp: Any = np if static else jnp
   *lead, rows, columns = kinds.shape
   counts = xp.sum(kinds != EMPTY, axis=-1, dtype=np.int32)
   starts = xp.concatenate([xp.zeros((*lead, 1), np.int32), xp.cumsum(counts, axis=-1, dtype=np.int32)], axis=-1)
-  length = max(int(starts.max()), 1) if static else rows * columns
+  length = max(int(starts.max()), 1) if static else rows * columns if most is None else min(rows * columns, most)
   rank = xp.where(kinds == EMPTY, 2 * rows, 2 * np.arange(rows)[:, None] + (kinds == FULL))
   tiles = xp.argsort(rank.reshape(*lead, rows * columns), axis=-1, stable=True)[..., :length] % columns
   order = xp.argsort(-counts, axis=-1, stable=True)

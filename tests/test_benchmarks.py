@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import sys
 import time
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import jflash
-from benchmarks import attention, block_sparse, estimators, regression, report
+from benchmarks import attention, block_sparse, cpu, estimators, regression, report
 from benchmarks.timing import Times, interleave
 
 TINY = ["--heads", "4", "--kv-heads", "2", "--width", "8", "--repeats", "3", "--seconds", "0.01"]
@@ -31,10 +32,10 @@ def test_the_table_and_the_plot_are_written(tmp_path):
   assert attention.main(argv) == 0
   text = out.with_suffix(".md").read_text()
   rows = _table(text)
-  assert tuple(rows[0]) == ("pass", "dtype", "T", "implementation", "ms", "±%", "× jax.nn", "TFLOP/s", "temp MiB", "rounds")
+  assert tuple(rows[0]) == ("pass", "dtype", "T", "implementation", "ms", "±%", "× jax.nn", "TFLOP/s", "temp MiB", "compile s", "rounds")
   cases = {(r["pass"], r["dtype"], r["T"], r["implementation"]) for r in rows}
   assert len(cases) == len(rows) == 2 * 2 * 2
-  assert all(float(r["ms"]) > 0 and float(r["temp MiB"]) > 0 and int(r["rounds"]) >= 3 for r in rows)
+  assert all(float(r["ms"]) > 0 and float(r["temp MiB"]) > 0 and float(r["compile s"]) > 0 and int(r["rounds"]) >= 3 for r in rows)
   assert {r["× jax.nn"] for r in rows if r["implementation"] == "jax.nn xla"} == {"1.00"}
   assert f"JAX {jax.__version__}" in text and "B 1, N 4, K 2, H 8, causal, window 4" in text and "Date: 20" in text
   assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -58,6 +59,22 @@ def test_a_reason_not_to_run_is_reported_and_the_others_run():
   text = report.document("title", {}, [report.Table("", list(rows.values()), attention.LEGEND)])
   assert "- forward, float32, T 16, jflash tpu: NotImplementedError: no chip of this kind here" in text
   assert _table(text)[0]["ms"] == "—"
+
+
+def test_without_pytorch_its_row_says_so(monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
+  rows = _measure(attention.candidates(["None"], ["xla", "torch"]))
+  assert rows["torch"].note.startswith("ModuleNotFoundError") and rows["torch"].times is None and rows["jflash"].speedup
+
+
+def test_the_cpu_page_has_a_row_for_every_case(tmp_path):
+  out = tmp_path / "cpu"
+  argv = [*BRIEF, "--length", "48", "--long", "4096", "--dtype", "float32", "--parts", "terms,sparse", "--out", str(out)]
+  assert cpu.main(argv) == 0
+  rows = _table(out.with_suffix(".md").read_text())
+  cases = {(row["case"], row["beside"]) for row in rows}
+  assert len(rows) == 2 * (9 + 3) and len(cases) == 12 and all(float(row["ratio"]) > 0 for row in rows)
+  assert {("bias of all heads", "plain causal"), ("window of 1024", "causal"), ("1/16 of the blocks of 256", "all pairs")} < cases
 
 
 def test_what_needs_too_much_memory_is_not_run():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -171,12 +172,26 @@ def test_the_ragged_end_is_visited_too(preset):
 
 
 def lists(backend, mask, q, k, **positions):
-  """The visits by row and by column as `attention` takes them, and the plan."""
+  """The visits by row and by column as kernels take them, and the plan."""
   sizes = _mask.Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1], **positions)
   problem = Problem(q, k, k, Logits(1.0, mask=mask.bind(sizes), **positions))
   plan = {"xla": _plan.plan_xla, "tpu": _plan.plan_tpu}[backend](problem)
-  visits = _plan.make_schedule(problem, plan)
+  visits = _plan.make_schedule(problem, dataclasses.replace(plan, walks=False))
+  if plan.walks:  # one walk row by row for both passes, over the same tiles
+    walk = _plan.make_schedule(problem, plan).rows
+    shape = visits.kinds.shape[2:]
+    np.testing.assert_array_equal(walked(walk, shape), visited(visits.rows, shape))
+    assert walk.tiles.shape[-1] <= visits.rows.codes.shape[-1]
   return visits.rows, visits.columns, plan
+
+
+def walked(visits, shape):
+  """How often each tile is visited by those who take `RowVisits`, `[B|1, K|1, *shape]`."""
+  tiles, starts = np.asarray(visits.tiles), np.asarray(visits.starts)
+  count = np.zeros((*tiles.shape[:2], *shape), int)
+  for b, h, row in np.ndindex(*tiles.shape[:2], shape[0]):
+    np.add.at(count[b, h, row], tiles[b, h, starts[b, h, row]:starts[b, h, row + 1]], 1)
+  return count
 
 
 def visited(visits, shape):
