@@ -159,7 +159,7 @@ def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
 
 
 def _xla_sides(problem: Problem) -> tuple[int, int]:
-  """Rows and columns of a tile on CPUs, as measured (docs/cpu.md). JAX 0.10 comes with another library for matrix products."""
+  """Rows and columns of a tile on CPUs, as measured (docs/design.md, "Plain JAX on CPUs")."""
   old = jax.__version_info__ < (0, 11)
   if problem.product is products.Distance:  # n = 16,384, d = 2 takes an eighth less in 1024 x 1024 than in 512 x 512
     return 1024, 1024

@@ -41,10 +41,14 @@ def forward(problem: Problem, plan: Plan, schedule: WalkSchedule) -> tuple[Any, 
 
     def visit(j, masked, state):
       k, v, leaves = walk.columns(all_k, chunk, j), walk.columns(all_v, chunk, j), [walk.leaf(x, chunk, i, j) for x in all_leaves]
-      s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked, differentiated=False)
-      s = s if logits.plain else _rounded(s)
-      weigh = lambda p: _weigh(walk, s, v, masked, walk.drop(leaves, p))
-      return softmax.begin(s, weigh, weight=weight) if plan.one_visit else softmax.accumulate(state, s, weigh, weight=weight)
+
+      def compute(state):
+        s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked, differentiated=False)
+        s = s if logits.plain else _rounded(s)
+        weigh = lambda p: _weigh(walk, s, v, masked, walk.drop(leaves, p))
+        return softmax.begin(s, weigh, weight=weight) if plan.one_visit else softmax.accumulate(state, s, weigh, weight=weight)
+
+      return walk.apart(j, compute, lambda state: state, state)
 
     end = walk.each_visit(chunk, i, visit, state)
     tiles = softmax.finish(end._replace(m=_rounded(unit * end.m)))

@@ -124,23 +124,23 @@ def _run(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.RowVisits, grad
     rows = [walk.rows(x, chunk, i) for x in inputs.rows]
     return rows + [lax.optimization_barrier(x) for x in prepare(rows)]
 
-  def added_at(chunk, i, j, masked, rows):
-    columns, leaves = [walk.columns(x, chunk, j) for x in inputs.columns], [walk.leaf(x, chunk, i, j) for x in inputs.leaves]
-    return tile(Place(chunk, i, j), masked, Parts(rows, columns, leaves))
+  def cut_at(chunk, i, j, rows):
+    return Parts(rows, [walk.columns(x, chunk, j) for x in inputs.columns], [walk.leaf(x, chunk, i, j) for x in inputs.leaves])
 
   def shapes():  # of what a tile adds; all tiles are alike
     zero = np.int32(0)
     chunk = Chunk(zero, zero, visits)
-    return added_at(chunk, zero, zero, True, rows_at(chunk, zero))
+    return tile(Place(chunk, zero, zero), True, cut_at(chunk, zero, zero, rows_at(chunk, zero)))
 
   added = jax.eval_shape(shapes)
+  nothing = lambda tiles: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), added)
 
   def each_row(chunk, i, sums):
     rows = rows_at(chunk, i)
 
     def visit(j, masked, carry):
       row_sums, columns, leaves = carry
-      new = added_at(chunk, i, j, masked, rows)
+      new = walk.apart(j, lambda tiles: tile(Place(chunk, i, j), masked, tiles), nothing, cut_at(chunk, i, j, rows))
       return ([x + y for x, y in zip(row_sums, new.rows)],
               [walk.add_columns(x, y, chunk, j) for x, y in zip(columns, new.columns)],
               [walk.add_leaf(x, y, chunk, i, j) for x, y in zip(leaves, new.leaves)])
