@@ -43,7 +43,9 @@ def test_a_twentieth_of_the_memory_that_scores_take(backward):
   def needs(attend):
     forward = lambda q, k, v: attend(q, k, v, is_causal=True)
     both = lambda q, k, v, dout: jax.vjp(forward, q, k, v)[1](dout)
-    return jax.jit(both if backward else forward).lower(*[x] * (4 if backward else 3)).compile().memory_analysis().temp_size_in_bytes
+    analysis = jax.jit(both if backward else forward).lower(*[x] * (4 if backward else 3)).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
 
   assert 20 * needs(jflash.attention) < needs(jax.nn.dot_product_attention)
 
