@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jflash
 from jflash import _plan, _reference, masks
+from pallas_kernels import schedule
 from tests.backends import BACKENDS, TILES, attention, using
 from tests.test_tpu_interpret import races_found
 from tests.tpu_topology import compile_for
@@ -187,23 +188,22 @@ def test_what_is_said_of_more_than_2_to_31_elements():
   assert why.saved["query"] == HUGE_BYTES and why.naive_saved == 3 * HUGE_BYTES + 4 * 17 * 64 * 16384**2
 
 
-@pytest.mark.parametrize("traced", [False, True])
-def test_a_visit_has_room_for_16384_tiles(traced):
-  """Tiles are numbered in 14 bits: up to there an answer, beyond it an error before anything is computed."""
-  def attend(q, k, v, lengths):
-    return jflash.attention(q, k, v, implementation="xla", key_value_seq_lengths=lengths if traced else None)
+@pytest.mark.parametrize("xp", [np, jnp], ids=["static", "traced"])
+def test_a_visit_has_room_for_16384_tiles(xp):
+  """Kernels' lists number tiles in 14 bits: beyond that, an error before anything is computed."""
+  visits = lambda *counts: schedule.visits(xp.full((1, 1, *counts), schedule.FULL, np.int32))
+  assert schedule.inner(visits(2, 16384).codes[0, 0, -1]) == 16383
+  for counts in ((16385, 1), (1, 16385)):
+    with pytest.raises(NotImplementedError, match=r"16385.* tiles; at most 16384 fit along an axis"):
+      visits(*counts)
 
-  shapes = lambda t, s: [jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, t, 1, 1), (1, s, 1, 1), (1, s, 1, 1))]
-  lengths = jax.ShapeDtypeStruct((1,), "int32")
-  with _plan.force_tiles(1, 1):
-    assert jax.eval_shape(attend, *shapes(2, 16384), lengths).shape == (1, 2, 1, 1)
-    for sizes in ((16385, 1), (1, 16385)):
-      with pytest.raises(NotImplementedError, match=r"16385.* tiles; at most 16384 fit along an axis"):
-        jax.eval_shape(attend, *shapes(*sizes), lengths)
-  q, k, v = (jax.random.normal(key, s.shape) for key, s in zip(jax.random.split(jax.random.key(0), 3), shapes(2, 16384)))
+
+def test_plain_jax_has_room_for_more():
+  shapes = (1, 2, 1, 1), (1, 16390, 1, 1), (1, 16390, 1, 1)
+  q, k, v = (jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(0), 3), shapes))
   with using("xla", (1, 1)):
-    ours = attend(q, k, v, jnp.array([16384]))
-  np.testing.assert_allclose(ours, _reference.attention(q, k, v)[0], rtol=1e-4, atol=1e-6)
+    ours = jflash.attention(q, k, v, implementation="xla", key_value_seq_lengths=jnp.array([16388]))
+  np.testing.assert_allclose(ours, _reference.attention(q, k[:, :16388], v[:, :16388])[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_list_too_long_for_a_chip_is_refused_in_words():
