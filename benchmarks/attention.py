@@ -9,7 +9,6 @@ device JAX finds.
 import argparse
 import dataclasses
 import functools
-import gc
 import importlib
 import pathlib
 import sys
@@ -155,11 +154,16 @@ def _workload(function: Callable, shape: Shape, backward: bool) -> Callable:
   def forward(q, k, v):
     return function(q, k, v, is_causal=shape.causal, local_window_size=shape.local_window)
 
-  def both(q, k, v, dout):
-    out, pullback = jax.vjp(forward, q, k, v)
+  return with_backward(forward) if backward else forward
+
+
+def with_backward(forward: Callable) -> Callable:
+  """`(q, k, v, dout, *rest) -> (out, (dq, dk, dv))` of `forward(q, k, v, *rest)`."""
+  def both(q, k, v, dout, *rest):
+    out, pullback = jax.vjp(lambda q, k, v: forward(q, k, v, *rest), q, k, v)
     return out, pullback(dout)
 
-  return both if backward else forward
+  return both
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -181,17 +185,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> list[Row]:
   """Measures every case, printing as it goes."""
   functions = candidates(args.implementation, args.peers)
-  rows = []
-  for dtype in args.dtype:
-    for backward in (False, True):
-      for length in args.lengths:
-        shape = Shape(args.batch, length, args.heads, args.kv_heads or args.heads, args.width, args.causal, args.window)
-        for row in measure(shape, dtype, backward, functions, args):
-          print(report.line(row), flush=True)
-          rows.append(row)
-        jax.clear_caches()
-        gc.collect()
-  return rows
+  shape = lambda length: Shape(args.batch, length, args.heads, args.kv_heads or args.heads, args.width, args.causal, args.window)
+  return report.collect(measure(shape(length), dtype, backward, functions, args)
+                        for dtype in args.dtype for backward in (False, True) for length in args.lengths)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@ Every case takes turns with what it is compared with. Writes one table, `benchma
 import argparse
 import dataclasses
 import functools
-import gc
 import importlib.util
 import pathlib
 import sys
@@ -25,7 +24,7 @@ import jflash
 from jflash import masks
 
 from . import machine, options, report
-from .attention import PASSES
+from .attention import PASSES, with_backward
 from .timing import Times, interleave
 
 LEGEND = """\
@@ -68,11 +67,7 @@ def attend(backward: bool, *args: Any, function: Callable = jflash.attention, **
   def forward(q, k, v, arrays):
     return function(q, k, v, **static, **arrays)
 
-  def both(q, k, v, dout, arrays):
-    out, pullback = jax.vjp(lambda q, k, v: forward(q, k, v, arrays), q, k, v)
-    return out, pullback(dout)
-
-  return compiled(both if backward else forward, *args[:4 if backward else 3], arrays)
+  return compiled(with_backward(forward) if backward else forward, *args[:4 if backward else 3], arrays)
 
 
 def draw(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -80,7 +75,7 @@ def draw(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
   return [jnp.asarray(normal(shape, np.float32), dtype) for shape in shapes]
 
 
-def taken(name: str, args: argparse.Namespace, calls: dict[str, Call], kind: str, goal: str, direction: str, dtype: str,
+def taken(args: argparse.Namespace, calls: dict[str, Call], kind: str, goal: str, direction: str, dtype: str,
           ratio: Callable[[Times, Times], float]) -> Iterator[Row]:
   """A row for each call but the first, beside it."""
   for call in calls.values():
@@ -88,8 +83,12 @@ def taken(name: str, args: argparse.Namespace, calls: dict[str, Call], kind: str
   times = interleave(calls, repeats=args.repeats, seconds=args.seconds)
   (beside, base), *rest = times.items()
   for case, time in rest:
-    yield Row(name=f"{name}{case}", direction=direction, dtype=dtype, beside=beside, kind=kind, goal=goal, times=time,
+    yield Row(name=case, direction=direction, dtype=dtype, beside=beside, kind=kind, goal=goal, times=time,
               ratio=ratio(time, base))
+
+
+def faster(time: Times, base: Times) -> float:
+  return time.speedup(base)
 
 
 def slower(time: Times, base: Times) -> float:
@@ -110,7 +109,7 @@ def terms(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row]
     "dropout": {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)},
   }
   calls = {name: attend(backward, *inputs, is_causal=True, **case) for name, case in cases.items()}
-  yield from taken("", args, calls, "÷ beside", "<= 1.25", PASSES[backward], dtype, slower)
+  yield from taken(args, calls, "÷ beside", "<= 1.25", PASSES[backward], dtype, slower)
 
 
 def sparse(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row]:
@@ -119,7 +118,7 @@ def sparse(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row
   inputs = draw(dtype, *[(1, t, HEADS, WIDTH)] * 4)
   calls = {"causal": attend(backward, *inputs, is_causal=True),
            "window of 1024": attend(backward, *inputs, is_causal=True, local_window_size=(1023, 0))}
-  yield from taken("", args, calls, "× beside", ">= 8", PASSES[backward], dtype, lambda time, base: time.speedup(base))
+  yield from taken(args, calls, "× beside", ">= 8", PASSES[backward], dtype, faster)
   blocks = t // 256
   for part in (16, 4):
     table = np.zeros((blocks, blocks), bool)
@@ -127,7 +126,7 @@ def sparse(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row
       row[np.random.default_rng(int(table.sum())).choice(blocks, blocks // part, replace=False)] = True
     calls = {"all pairs": attend(backward, *inputs),
              f"1/{part} of the blocks of 256": attend(backward, *inputs, mask=masks.BlockSparse(table, (256, 256)))}
-    yield from taken("", args, calls, "÷ share", "<= 1.25", PASSES[backward], dtype,
+    yield from taken(args, calls, "÷ share", "<= 1.25", PASSES[backward], dtype,
                      lambda time, base, part=part: part / time.speedup(base))
 
 
@@ -139,8 +138,7 @@ def decoding(args: argparse.Namespace) -> Iterator[Row]:
            "copying": (functools.partial(np.copyto, np.empty_like(source), source), "of copying", ">= 0.6")}
   ours = attend(False, q, k, v)
   for name, (call, kind, goal) in peers.items():
-    yield from taken("", args, {name: call, "one query, 8192 keys": ours}, kind, goal, PASSES[0], "bfloat16",
-                     lambda time, base: time.speedup(base))
+    yield from taken(args, {name: call, "one query, 8192 keys": ours}, kind, goal, PASSES[0], "bfloat16", faster)
 
 
 def training(args: argparse.Namespace) -> Iterator[Row]:
@@ -165,7 +163,7 @@ def training(args: argparse.Namespace) -> Iterator[Row]:
     return compiled(jax.value_and_grad(loss), params, tokens, positions, segments)
 
   calls = {"--attention jax": step("jax"), "GPT, context 1024, loss and gradients": step("jflash")}
-  yield from taken("", args, calls, "× beside", ">= 1.5", PASSES[1], "float32", lambda time, base: time.speedup(base))
+  yield from taken(args, calls, "× beside", ">= 1.5", PASSES[1], "float32", faster)
 
 
 BY_DTYPE = {"terms": terms, "sparse": sparse}
@@ -182,19 +180,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> list[Row]:
+def run(args: argparse.Namespace) -> list[report.Row]:
   """Measures every case, printing as it goes."""
   parts = [functools.partial(BY_DTYPE[part], args, dtype, backward) for part in args.parts if part in BY_DTYPE
            for dtype in args.dtype for backward in (False, True)]
   parts += [functools.partial(OTHERS[part], args) for part in args.parts if part not in BY_DTYPE]
-  rows = []
-  for part in parts:
-    for row in part():
-      print(report.line(row), flush=True)
-      rows.append(row)
-    jax.clear_caches()
-    gc.collect()
-  return rows
+  return report.collect(part() for part in parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@ bandwidth. Writes tables and a plot, `benchmarks/results/regression-DEVICE.md` a
 import argparse
 import dataclasses
 import functools
-import gc
 import pathlib
 import subprocess
 import sys
@@ -292,14 +291,7 @@ def run(args: argparse.Namespace) -> list[report.Table]:
 
 def _table(heading: str, legend: str, cases: Iterable[Iterator[report.Row]]) -> report.Table:
   print(heading, flush=True)
-  rows = []
-  for case in cases:
-    for row in case:
-      print(report.line(row), flush=True)
-      rows.append(row)
-    jax.clear_caches()
-    gc.collect()
-  return report.Table(heading, rows, legend)
+  return report.Table(heading, report.collect(cases), legend)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

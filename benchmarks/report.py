@@ -1,10 +1,13 @@
 """Pages and plots of measured rows, whatever was measured."""
 
 import dataclasses
+import gc
 import itertools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+import jax
 
 from .timing import Times
 
@@ -46,6 +49,9 @@ class Row:
 
   def round_cells(self) -> dict[str, str]:
     return {"rounds": NOTHING if self.times is None else str(len(self.times.rounds))}
+
+
+SomeRow = TypeVar("SomeRow", bound=Row)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +97,18 @@ def line(row: Row) -> str:
   """The row for a terminal."""
   measured = [f"{value} {column}" for column, value in row.values().items() if value != NOTHING]
   return "  ".join([f"{case(row):48}", *measured, row.note]).rstrip()
+
+
+def collect(parts: Iterable[Iterable[SomeRow]]) -> list[SomeRow]:
+  """All rows, printed as they come; what one part has compiled and holds is let go before the next."""
+  rows = []
+  for part in parts:
+    for row in part:
+      print(line(row), flush=True)
+      rows.append(row)
+    jax.clear_caches()
+    gc.collect()
+  return rows
 
 
 def document(title: str, header: Mapping[str, str], tables: Sequence[Table]) -> str:

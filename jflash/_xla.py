@@ -46,7 +46,7 @@ def forward(problem: Problem, plan: Plan, schedule: WalkSchedule) -> tuple[Any, 
         s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked, differentiated=False)
         s = s if logits.plain else _rounded(s)
         weigh = lambda p: _weigh(walk, s, v, masked, walk.drop(leaves, p))
-        return softmax.begin(s, weigh, weight=weight) if plan.one_visit else softmax.accumulate(state, s, weigh, weight=weight)
+        return softmax.accumulate(state, s, weigh, weight=weight)
 
       return walk.apart(j, compute, lambda state: state, state)
 

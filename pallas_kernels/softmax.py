@@ -85,13 +85,6 @@ def accumulate(state: State, s: Any, weigh: Callable[[Any], Any], rows: Rows = C
   return State(m, total, rows.spread(shrink, state.acc.shape[-1]) * state.acc + weigh(p))
 
 
-def begin(s: Any, weigh: Callable[[Any], Any], rows: Rows = COLUMNS, weight: Weight = natural) -> State:
-  """The state of rows that have seen one tile of scores: `accumulate` to `start`, without what there is to be rescaled."""
-  m = rows.max(s)
-  p = weight(s, rows.spread(jnp.where(m == -INF, 0.0, m), s.shape[-1]))
-  return State(m, rows.sum(p), weigh(p))
-
-
 def finish(state: State, rows: Rows = COLUMNS, unit: float = 1.0) -> tuple[Any, Any]:
   """out = acc / total and lse = unit · m + log total; 0 and -inf for rows that saw nothing."""
   empty = state.m == -INF
