@@ -57,7 +57,7 @@ def count(shape: Shape, tiles: tuple[int, int] | None = None, backward: bool = T
   with contextlib.ExitStack() as stack:
     stack.enter_context(jflash.interpret())
     if not as_used:
-      stack.enter_context(_plan.force_passes(1, False))
+      stack.enter_context(_plan.force_passes(1, 0))
     if tiles:
       stack.enter_context(_plan.force_tiles(*tiles))
     return ledger(both if backward else forward, *[shape.array] * (4 if backward else 3))

@@ -31,29 +31,32 @@ UNIT = 512 * 512  # scores, for which bundles are counted
 BLOCKS = 512, 1024  # of splash attention, rows and columns
 UNITS = "MATMUL", "VALU", "XLU", "EUP", "VSTORE:SPILL"
 KERNELS = _tiles_tpu.PASSES
-OURS = {"jflash_forward": "forward", "jflash_backward": "backward"}
-THEIRS = {"splash_mha_fwd": "forward", "splash_mha_dq": "backward", "splash_mha_dkv": "backward",  # two kernels, of seven products
-          "jvp_jit_flash_attention": "forward", "flash_mha_bwd_dq": "backward",
-          "flash_mha_bwd_dkv": "backward"}  # as kernels' names begin
+HALVES = "dQ", "dK/dV"  # kernels of a backward pass that has two, which compute P and dP both
+WORK = PRODUCTS | dict(zip(HALVES, (3, 4)))  # products of tiles
+OURS = {"jflash_forward": "forward", "jflash_backward": "backward", "jflash_dq": "dQ", "jflash_dkv": "dK/dV"}
+THEIRS = {"splash_mha_fwd": "forward", "splash_mha_dq": "dQ", "splash_mha_dkv": "dK/dV", "jvp_jit_flash_attention": "forward",
+          "flash_mha_bwd_dq": "dQ", "flash_mha_bwd_dkv": "dK/dV"}  # as kernels' names begin
+LONG = {"jflash, spans": 2, "jflash, two kernels": 0}
 MASKS: Mapping[str, dict[str, Any]] = {
     "full": {}, "causal": {"is_causal": True}, "window": {"local_window_size": (1024, 0)}, "segments": {}}
 LEGEND = f"""\
 bfloat16, N = {LENGTH}, {HEADS} heads. tiles: query rows x key columns; ours are those that are chosen. full, partial, alone:
 bundles for 512 x 512 scores in tiles without a mask, with one, and with one at the end of a row that has an odd number of
-tiles, on the path that finite numbers take; JAX's two have one kind of tile. × splash: full, as a multiple of splash
-attention's (causal) with the block size that suits it best, backward both of its kernels together. × its kernel: the same
-with all of the code in its kernels. once: bundles for the first and the last tile of a row or column, for the grid, and,
-ours, to see whether V is finite before a tile with a mask; at most. MATMUL, VALU, XLU, EUP: the share of that unit's slots
-that a full tile uses (matrix products, vector arithmetic, moves across lanes, exponentials). spills: the share of the slots
-for vector stores that go to spills.
+tiles, on the path that finite numbers take; JAX's two have one kind of tile. backward: ours is one kernel, which keeps dQ on
+chip, of all queries or, where there are too many, of a span at a time; JAX's two, and ours where the heads of a group are too
+many, are two, dQ and dK/dV, which have rows of their own. × splash: full, as a multiple of splash attention's (causal) with the block size that suits it best.
+× its kernel: the same with all of the code in its kernels. once: bundles for the first and the last tile of a row or column,
+for the grid, and, ours, to see whether V is finite before a tile with a mask; at most. MATMUL, VALU, XLU, EUP: the share of
+that unit's slots that a full tile uses (matrix products, vector arithmetic, moves across lanes, exponentials). spills: the
+share of the slots for vector stores that go to spills.
 
 VMEM: a block of each operand, and scratch; what is loaded ahead has a second one, and the scores of a tile come on top.
 KiB: what a full tile brings from memory, for 512 x 512 scores. TFLOP/s: what a core would reach on full tiles by the largest
-of bundles / clock, KiB / bandwidth and the time of its products at the matrix units' peak (bundles may be packed closer than
-those take them), with 2 products forward and 5 backward counted; of peak: as a share of that. Left out: the waits of products
-and copies that start late, contention for memory, power, and the steps above that are taken once. Clocks are peak /
-(operations that the matrix units do in a cycle). Segments are ids in arrays; which tiles they empty is known at run time
-only.
+of bundles / clock, KiB / bandwidth and the time of the products that it computes at the matrix units' peak (bundles may be
+packed closer than those take them), where 2 products count forward, 5 backward, 3 in dQ and 4 in dK/dV; of peak: as a share
+of that. Left out: the waits of products and copies that start late, contention for memory, power, and the steps above that
+are taken once. Clocks are peak / (operations that the matrix units do in a cycle). Segments are ids in arrays; which tiles
+they empty is known at run time only.
 """
 
 
@@ -65,13 +68,24 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
   in_batch = lambda width: jax.ShapeDtypeStruct((1, HEADS, LENGTH, width), "bfloat16")
   flash = {f"flash {block} causal {width}": (both(_flash(block)), (in_batch(width),) * 4) for width in WIDTHS for block in BLOCKS}
   others = {case: run for mask in MASKS if mask != "causal" for case, run in ours(mask).items()}
-  return ours() | others | splash | flash
+  return ours() | others | long() | splash | flash
 
 
 def ours(mask: str = "causal") -> dict[str, tuple[Callable, tuple]]:
   attend = functools.partial(jflash.attention, **_options(mask), implementation="tpu")
   operand = lambda width: jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), "bfloat16")
   return {f"jflash {mask} {width}": (both(attend), (operand(width),) * 4) for width in WIDTHS}
+
+
+def long() -> dict[str, tuple[Callable, tuple]]:
+  """The backward pass, causal, as it is where there are more queries than dQ has room for on chip, or too many heads of a group."""
+  def forced(fun, spans):
+    def run(*args):
+      with _plan.force_passes(2, spans):
+        return fun(*args)
+    return run
+
+  return {case.replace("jflash", who): (forced(fun, spans), args) for who, spans in LONG.items() for case, (fun, args) in ours().items()}
 
 
 def _options(mask: str) -> dict[str, Any]:
@@ -105,7 +119,7 @@ def _flash(block: int) -> Callable:
 
 def _pass_of(kernel: str) -> str:
   """Of a kernel by its name."""
-  return OURS.get(kernel) or next(name for start, name in THEIRS.items() if kernel.startswith(start))
+  return next(name for start, name in (OURS | THEIRS).items() if kernel.startswith(start))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +132,16 @@ class Figures:
   once: float
   shares: Mapping[str, float]
   loaded: float  # bytes for 512 x 512 scores
+  products: int = 0  # of tiles, as many as are computed
   tiles: str = ""
 
   def __add__(self, other: Figures) -> Figures:
     """Of two kernels, one after the other."""
     weigh = lambda a, b: (self.full * a + other.full * b) / (self.full + other.full)
-    return Figures(self.full + other.full, None, None, self.once + other.once,
+    partial = None if self.partial is None or other.partial is None else self.partial + other.partial
+    return Figures(self.full + other.full, partial, None, self.once + other.once,
                    {unit: weigh(share, other.shares[unit]) for unit, share in self.shares.items()},
-                   self.loaded + other.loaded, self.tiles)
+                   self.loaded + other.loaded, self.products + other.products, self.tiles)
 
 
 def figures(schedule: Schedule, tile: int, loaded: float = 0.0) -> Figures:
@@ -166,36 +182,43 @@ def measure(chip: str, make: str = "cases") -> dict[tuple[str, str, str, str], F
   """(who, mask, width, pass) -> figures; of jflash with a causal mask alone with `make` "ours"."""
   found: dict[tuple[str, str, str, str], Figures] = {}
   for case, several in tpu_schedule.schedules(f"benchmarks.tpu_static:{make}", chip).items():
-    *who, mask, width = case.split()
-    tiles = chosen(chip, mask, int(width)) if who == ["jflash"] else dict.fromkeys(KERNELS, (int(who[1]),) * 2)
+    *words, mask, width = case.split()
+    who = " ".join(words)
+    tiles = chosen(chip, mask, int(width)) if words[0].startswith("jflash") else dict.fromkeys(KERNELS, (int(words[1]),) * 2)
     for schedule in several:
       kernel = _pass_of(schedule.kernel)
-      rows, columns = tiles[kernel]
+      if who in LONG and kernel == "forward":  # as of any length
+        continue
+      rows, columns = tiles["backward" if kernel in HALVES else kernel]
       # Two operands a tile: keys and values, or queries and cotangents, whichever the grid does not keep. Statistics are small.
-      one = figures(schedule, rows * columns, 2 * (columns if kernel == "forward" else rows) * int(width) * 2)
-      key = " ".join(who), mask, width, kernel
-      one = dataclasses.replace(one, tiles=f"{rows} x {columns}")
-      found[key] = found[key] + one if key in found else one
+      one = figures(schedule, rows * columns, 2 * (columns if kernel in ("forward", "dQ") else rows) * int(width) * 2)
+      one = dataclasses.replace(one, tiles=f"{rows} x {columns}", products=WORK[kernel])
+      found[who, mask, width, kernel] = one
+      if kernel in HALVES:
+        key = who, mask, width, "backward"
+        found[key] = found[key] + one if key in found else one
   return found
 
 
 def on_chip(chip: str) -> dict[tuple[str, str], int]:
   """(case, pass) -> bytes in VMEM for a block of each operand and for scratch, of the kernel that has most."""
-  found, made = {}, cases()
+  found: dict[tuple[str, str], int] = {}
   with jax.default_device(chips.device(chip)):
-    for case, (fun, args) in made.items():
-      forward, *backward = [ledger.on_chip(x) for x in jaxprs.trace(fun, *args).operations if x.name == jaxprs.KERNEL]
-      found |= {(case, "forward"): forward, (case, "backward"): max(backward)}
+    for case, (fun, args) in cases().items():
+      for call in (x for x in jaxprs.trace(fun, *args).operations if x.name == jaxprs.KERNEL):
+        kernel = _pass_of(call.params["name"])
+        for name in (kernel, "backward") if kernel in HALVES else (kernel,):
+          found[case, name] = max(found.get((case, name), 0), ledger.on_chip(call))
   return found
 
 
 def rows(chip: str, found: Mapping[tuple[str, str, str, str], Figures]) -> list[report.Line]:
   made, core, blocks = [], CORES[chip], on_chip(chip)
-  for who, mask, width, kernel in sorted(found, key=lambda key: (int(key[2]), KERNELS.index(key[3]), key[0], key[1])):
+  for who, mask, width, kernel in sorted(found, key=lambda key: (int(key[2]), list(WORK).index(key[3]), key[0], key[1])):
     f, best = found[who, mask, width, kernel], _best(found, width, kernel)
     whole = _best(found, width, kernel, whole=True)
-    work = PRODUCTS[kernel] * 2 * UNIT * int(width)
-    cycles = core.products(kernel, UNIT, int(width))
+    work = WORK[kernel] * 2 * UNIT * int(width)
+    cycles = core.products(f.products, UNIT, int(width))
     seconds = max(max(f.full, cycles) / core.clock, f.loaded / core.bandwidth)
     columns = {"chip": chip, "d": width, "pass": kernel, "": who, "mask": mask, "tiles": f.tiles, "full": f"{f.full:.0f}",
                "× splash": f"{f.full / best.full:.2f}", "× its kernel": f"{f.full / (whole.full + whole.once):.2f}",

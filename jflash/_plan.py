@@ -70,7 +70,7 @@ class Plan:
   kinds: tuple[int, ...] = (schedule.PARTIAL, schedule.FULL)  # of tiles that have to be reckoned with, besides EMPTY
   backward_tiles: tuple[int, int] | None = None  # of "tpu", where they differ
   together: int = 1  # visits that the forward pass of "tpu" computes in one step, 1 or 2
-  one_kernel: bool = False  # whether its backward pass is one kernel, with dQ of all queries on chip
+  spans: int = 0  # of query tiles whose dQ is on chip at a time, in its backward pass of one kernel; 0: dQ has a kernel of its own
   launches: _tiles_gpu.Launches | None = None  # of "mosaic_gpu"
   walks: bool = False  # whether a pass walks from tile to tile in loops of its own, as "xla" does
   one_visit: bool = False  # whether there is one tile, and of one kind for all batch elements and heads
@@ -113,9 +113,9 @@ def forced_tiles() -> tuple[int, int] | None:
   return _forced_tiles.get()
 
 
-def force_passes(together: int, one_kernel: bool):
-  """Makes the passes of "tpu" of so many visits a step, and of one or two kernels backward, for tests and for comparing them."""
-  return _within(_forced_passes, (together, one_kernel))
+def force_passes(together: int, spans: int):
+  """`Plan.together` and `Plan.spans` of "tpu", for tests and for comparing them."""
+  return _within(_forced_passes, (together, spans))
 
 
 def force_launches(launches: _tiles_gpu.Launches):
@@ -185,9 +185,9 @@ def plan_tpu(problem: Problem) -> Plan:
   """The cheapest tiles by `_tiles_tpu`, or for what it does not know, up to 512 x 512, and less where heads are wide."""
   chosen, rule = tpu_estimates(problem), _tpu_tiles(problem, _forced_tiles.get() or _tpu_rule(problem))
   forward, backward = (chosen[name][0] if name in chosen else rule for name in _tiles_tpu.PASSES)
-  together, one_kernel = _forced_passes.get() or (2 if problem.keys > forward[1] else 1, _dq_fits(problem, backward))
+  together, spans = _forced_passes.get() or (2 if problem.keys > forward[1] else 1, _spans(problem, backward))
   whole = Plan(forward, (problem.batch, problem.kv_heads), False, interpreting(),
-               backward_tiles=None if backward == forward else backward, together=together, one_kernel=one_kernel)
+               backward_tiles=None if backward == forward else backward, together=together, spans=spans)
   return dataclasses.replace(whole, chunk=_chunk_tpu(problem, whole))
 
 
@@ -208,7 +208,8 @@ def _chunk_tpu(problem: Problem, plan: Plan) -> tuple[int, int]:
 def tpu_lists(problem: Problem, plan: Plan) -> tuple[tuple[int, int], int]:
   """How many batch elements and kv heads have lists of visits of their own, and the length of the longest list."""
   tiles = (plan.tiles, plan.backward_tiles or plan.tiles)
-  most = max(math.ceil(problem.queries / rows) * (math.ceil(problem.keys / columns) + 2) for rows, columns in tiles)
+  in_spans = lambda rows: max(plan.spans, 1) * math.ceil(problem.queries / (rows * max(plan.spans, 1)))
+  most = max(in_spans(rows) * (math.ceil(problem.keys / columns) + 2) for rows, columns in tiles)
   if problem.batch * problem.kv_heads * most <= MOST_VISITS:  # whatever the mask
     return (problem.batch, problem.kv_heads), most
   visits = jax.eval_shape(lambda: make_schedule(problem, plan))
@@ -242,19 +243,22 @@ def tpu_estimates(problem: Problem) -> dict[str, tuple[tuple[int, int], float]]:
   forced = _forced_tiles.get()
   fits = lambda tiles: forced in (None, tiles) and _tpu_tiles(problem, tiles) == tiles
   kinds = functools.cache(lambda tiles: _kinds(problem, tiles))
-  five = lambda tiles: _dq_fits(problem, tiles)
+  five = lambda tiles: _spans(problem, tiles) > 0
   return _tiles_tpu.estimates(problem, fits, kinds, five)
 
 
 DQ_LIMIT = 28 * 2**20  # bytes, of the 48 MiB that a kernel may use on a TPU
 
 
-def _dq_fits(problem: Problem, tiles: tuple[int, int]) -> bool:
-  """Whether dQ of all query heads of a kv head finds room on chip: its sums, and what is copied out of them in two buffers."""
-  up = lambda n, tile: tile * math.ceil(n / tile)
+def _spans(problem: Problem, tiles: tuple[int, int]) -> int:
+  """`Plan.spans`: dQ of a span is held for all query heads of a kv head, its sums, and what is copied out of them in two buffers."""
+  rows, columns = (math.ceil(n / side) for n, side in zip((problem.queries, problem.keys), tiles))
   itemsize = 2 if problem.q.dtype == jnp.bfloat16 else 4
-  held = problem.groups * up(problem.queries, tiles[0]) * up(problem.width, 128) * (4 + 2 * itemsize)
-  return problem.product is products.Dot and held <= DQ_LIMIT
+  most = DQ_LIMIT // (problem.groups * tiles[0] * 128 * math.ceil(problem.width / 128) * (4 + 2 * itemsize))  # tiles of a span
+  if problem.product is not products.Dot or not most:
+    return 0
+  spans = math.ceil(rows / math.ceil(rows / math.ceil(rows / most)))  # of equal length, and none empty
+  return spans if spans * columns <= schedule.MAX_TILES else 0
 
 
 def plan_mosaic_gpu(problem: Problem) -> Plan:
@@ -320,8 +324,10 @@ def _schedule(problem: Problem, plan: Plan) -> AnySchedule:
     dq, kinds = _row_visits(problem, plan.backward_tiles)
   rows, columns = kinds.shape[2:]
   most = rows * _most_in_a_row(problem, plan.backward_tiles or plan.tiles, columns)
-  by_column = schedule.visits(kinds.swapaxes(-1, -2), most + columns)  # the same visits, and one for each column that has none
-  return Schedule(by_row, by_column, kinds, None if plan.one_kernel else dq)
+  spans = max(plan.spans, 1)
+  most = min(most + spans * columns, rows * columns)  # the same visits, and one for each column that has none
+  by_column = schedule.visits(schedule.by_span(kinds, spans), most)
+  return Schedule(by_row, by_column, kinds, None if plan.spans else dq)
 
 
 def _row_visits(problem: Problem, tiles: tuple[int, int], together: int = 1) -> tuple[schedule.Visits, Any]:

@@ -57,9 +57,9 @@ class Core:
   def clock(self) -> float:
     return self.peak / self.per_cycle
 
-  def products(self, name: str, scores: int, width: int, itemsize: int = 2) -> float:
-    """Cycles of the matrix units for the products of a pass; 64 columns take the time of 128, and float32 six products for one."""
-    return PRODUCTS[name] * 2 * scores * max(width, 128) * (6 if itemsize == 4 else 1) / self.per_cycle
+  def products(self, count: int, scores: int, width: int, itemsize: int = 2) -> float:
+    """Cycles of the matrix units for so many products; 64 columns take the time of 128, and float32 six products for one."""
+    return count * 2 * scores * max(width, 128) * (6 if itemsize == 4 else 1) / self.per_cycle
 
 
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm: 4 units of 128 x 128, or 4 of 256 x 256 from v6e on.
@@ -101,7 +101,7 @@ def estimates(problem: Problem, fits: Callable[[Tiles], bool], kinds: Callable[[
     for tiles, cost in costs(on, width, itemsize, name).items():
       if fits(tiles):
         core, table = CORES[on], kinds(tiles)
-        cost = cost.at_least(core.products(name, math.prod(tiles), width, itemsize))
+        cost = cost.at_least(core.products(PRODUCTS[name], math.prod(tiles), width, itemsize))
         of_lists = (_forward(core, cost, table, tiles[1] * bytes_of_two) if name == "forward" else
                     _backward(core, cost, table.swapaxes(-1, -2), tiles[0] * bytes_of_two) * (1 if five(tiles) else 7 / 5))
         seconds[tiles] = of_lists * problem.batch * problem.heads / math.prod(table.shape[:2])

@@ -52,7 +52,7 @@ def _too_long(problem: Problem) -> str | None:
 def _call(problem: Problem, plan: _plan.Plan, tiles: tuple[int, int]) -> tpu.Call:
   unit, _ = problem.logits.in_units()
   return tpu.Call(problem.queries, problem.keys, problem.groups, problem.product, tiles, plan.kinds, plan.together,
-                  plan.one_kernel, unit, plan.interpret)
+                  plan.spans, unit, plan.interpret)
 
 
 def _lead(x: Any, tile: int) -> Any:

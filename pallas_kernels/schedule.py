@@ -51,6 +51,15 @@ def kinds(some: Any, every: Any) -> Any:
   return xp.where(some, xp.where(every, FULL, PARTIAL), EMPTY).astype(np.int32)
 
 
+def by_span(kinds: Any, spans: int) -> Any:
+  """Column by column for each of so many spans of rows: `[B|1, K|1, rows, columns]` as `[B|1, K|1, spans · columns, rows / spans]`."""
+  *lead, rows, columns = kinds.shape
+  span = -(-rows // spans)
+  xp: Any = np if isinstance(kinds, np.ndarray) else jnp
+  filled = xp.pad(kinds, [(0, 0), (0, 0), (0, spans * span - rows), (0, 0)], constant_values=EMPTY)
+  return filled.reshape(*lead, spans, span, columns).swapaxes(-1, -2).reshape(*lead, spans * columns, span)
+
+
 def first(kinds: Any, count: int) -> Any:
   """The first `count` tiles of each row that are not EMPTY, and EMPTY in place of the others: `[B|1, K|1, rows, columns]`."""
   return jnp.where(jnp.cumsum(kinds != EMPTY, axis=-1) <= count, kinds, EMPTY)

@@ -71,7 +71,7 @@ def test_a_walk_along_the_visits_finds_the_same(mask, length):
   shape = dataclasses.replace(SHAPE, length=length)
   kernels, _ = _count(shape=shape, mask=mask)
   array = shape.array
-  with jflash.interpret(), _plan.force_tiles(*TILES), _plan.force_passes(1, False):
+  with jflash.interpret(), _plan.force_tiles(*TILES), _plan.force_passes(1, 0):
     problem = jflash._api.make_problem(*[jnp.zeros(array.shape, array.dtype)] * 3, None, mask, **_defaults())
     visits = _plan.make_schedule(problem, _plan.plan_tpu(problem))
   query, key, statistic = (shape.width * 2, ROWS), (shape.width * 2, COLUMNS), (4, ROWS)  # bytes of a row, rows of a block

@@ -199,3 +199,13 @@ def test_turns_count_who_comes_before(table):
         np.testing.assert_array_equal(turns[at][own], added[visits.tiles[at][own]])
         added[visits.tiles[at][own]] += 1
       np.testing.assert_array_equal(added, (kinds[at if kinds.shape[:2] == visits.tiles.shape[:2] else (0, 0)] != 0).sum(0))
+
+
+def test_tables_by_span():
+  kinds = np.arange(5 * 3).reshape(1, 1, 5, 3) % 3
+  found = schedule.by_span(kinds, 2)
+  assert found.shape == (1, 1, 6, 3)
+  for span, column, row in np.ndindex(2, 3, 3):
+    i = 3 * span + row
+    assert found[0, 0, 3 * span + column, row] == (kinds[0, 0, i, column] if i < 5 else schedule.EMPTY)
+  np.testing.assert_array_equal(found, schedule.by_span(jnp.asarray(kinds), 2))

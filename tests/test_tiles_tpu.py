@@ -35,8 +35,8 @@ def test_the_backward_model_by_hand():
 
 def test_products_take_the_matrix_units_time():
   core = _tiles_tpu.CORES["v5e"]
-  assert core.products("forward", 512 * 512, 128) == core.products("forward", 512 * 512, 64) == 1024
-  assert core.products("backward", 512 * 512, 256) == 5120 and core.products("forward", 512 * 512, 128, 4) == 6144
+  assert core.products(2, 512 * 512, 128) == core.products(2, 512 * 512, 64) == 1024
+  assert core.products(5, 512 * 512, 256) == 5120 and core.products(2, 512 * 512, 128, 4) == 6144
   assert COST.at_least(120) == Cost(120, 150, 170, 10)
 
 
@@ -78,7 +78,7 @@ def test_an_estimate_by_hand():
   (tiles, cost), *_ = _tiles_tpu.TABLE["v6e", 128, 2, "forward"].items()
   why = explain("v6e", 2, 4096, 6, 128, tiles=tiles)
   rows, columns = 4096 // tiles[0], 4096 // tiles[1]
-  full = max(cost.full, _tiles_tpu.CORES["v6e"].products("forward", math.prod(tiles), 128))
+  full = max(cost.full, _tiles_tpu.CORES["v6e"].products(2, math.prod(tiles), 128))
   assert why.estimate["forward"] == pytest.approx(12 * rows * (columns * full + cost.once) / _tiles_tpu.CORES["v6e"].clock)
   assert f"{1e6 * why.estimate['forward']:.3g} us forward" in str(why)
 
@@ -135,15 +135,15 @@ def test_shares_are_those_of_the_forward_tiles():
 # Tiles that differ between passes, and tiles that are asked for --------------------------------------------------------
 
 
-@pytest.mark.parametrize("one_kernel", [True, False])
+@pytest.mark.parametrize("spans", [0, 1, 2])
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"local_window_size": (70, 200)}, {}])
-def test_passes_in_tiles_of_their_own(monkeypatch, one_kernel, options):
+def test_passes_in_tiles_of_their_own(monkeypatch, spans, options):
   q, k, v = (jax.random.normal(jax.random.key(n), (1, size, heads, 32)) for n, (size, heads) in enumerate(((300, 4), (500, 2), (500, 2))))
   run = lambda **how: jax.value_and_grad(lambda *qkv: (jflash.attention(*qkv, **options, **how)**2).sum(), (0, 1, 2))(q, k, v)
   want = run(implementation="xla")
   estimates = {"forward": ((128, 256), 1.0), "backward": ((256, 128), 1.0)}
   monkeypatch.setattr(_plan, "tpu_estimates", lambda problem: estimates)
-  with jflash.interpret(), _plan.force_passes(2, one_kernel):
+  with jflash.interpret(), _plan.force_passes(2, spans):
     why = jflash.explain(q, k, v, **options, implementation="tpu")
     found = run(implementation="tpu")
   assert (why.tiles, why.backward_tiles) == ((128, 256), (256, 128)) and "of 256 x 128 backward" in str(why)
@@ -183,3 +183,41 @@ def test_tiles_that_do_not_suit_a_backend():
       jflash.explain(x, x, x, tiles=(100, 128), implementation="tpu")
     why = jflash.explain(x, x, x, tiles=(100, 128))
   assert why.backend == "xla" and why.tiles == (100, 128) and "multiples of 128" in why.passed_over["tpu"]
+
+
+# Spans of queries ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, length, spans", [
+    ({"is_causal": True}, 300, 2), ({"local_window_size": (100, 0)}, 650, 3), ({"ids": True}, 640, 5), ({"dropout_rate": 0.3}, 300, 2)])
+def test_gradients_are_summed_from_span_to_span(options, length, spans):
+  """dK and dV wait in memory while dQ of the next queries is summed: columns that a span does not see keep what they have."""
+  options = dict(options)
+  q, k, v = (jax.random.normal(jax.random.key(n), (2, size, heads, 32)) for n, (size, heads) in enumerate(((length, 4), (500, 2), (500, 2))))
+  if options.pop("ids", False):
+    options |= {"query_segment_ids": jnp.sort(jax.random.randint(jax.random.key(3), (2, length), 0, 4)),
+                "key_value_segment_ids": jnp.sort(jax.random.randint(jax.random.key(4), (2, 500), 0, 4))}
+  if "dropout_rate" in options:
+    options["dropout_key"] = jax.random.key(5)
+  bias = jax.random.normal(jax.random.key(6), (1, 4, 1, 500))
+
+  def gradients(backend):
+    loss = lambda q, k, v, bias: (jflash.attention(q, k, v, bias, **options, implementation=backend)**2).sum()
+    return jax.grad(loss, (0, 1, 2, 3))(q, k, v, bias)
+
+  with jflash.interpret(), _plan.force_tiles(128, 128), _plan.force_passes(1, spans):
+    found = gradients("tpu")
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, gradients("xla"))
+
+
+@pytest.mark.parametrize("length, heads, width, dtype, expected", [
+    (4096, (2, 2), 128, "bfloat16", 1), (28_672, (2, 2), 128, "bfloat16", 1), (32_768, (2, 2), 128, "bfloat16", 2),
+    (131_072, (2, 2), 128, "bfloat16", 5), (131_072, (2, 2), 64, "bfloat16", 5), (32_768, (8, 1), 128, "bfloat16", 10),
+    (32_768, (2, 2), 256, "float32", 4), (32_768, (64, 1), 128, "bfloat16", 0)])
+def test_how_many_spans(length, heads, width, dtype, expected):
+  """As many as 28 MiB of dQ ask for, of equal length; and none where a tile of all query heads is more than that."""
+  made = {}
+  q, k = (Struct((1, length, n, width), dtype) for n in heads)
+  with _plan.force_tiles(512, 512):
+    jax.eval_shape(lambda q, k: made.update(plan=_plan.plan_tpu(_api.make_problem(q, k, k))), q, k)
+  assert made["plan"].spans == expected

@@ -27,8 +27,9 @@ def keep(name):
           "segments": np.asarray(SEGMENTS[1]) == np.asarray(SEGMENTS[0]).T, "soft_cap_and_blocks": q // 50 == k // 60}[name]
 
 
-@pytest.mark.parametrize("name, one_kernel", [(name, True) for name in CASES] + [("causal", False), ("lengths_and_window", False)])
-def test_no_races_and_nothing_unwritten_is_read(name, one_kernel):
+@pytest.mark.parametrize("name, spans", [*((name, None) for name in CASES), ("causal", 0), ("lengths_and_window", 0),
+                                         ("causal", 2), ("lengths_and_window", 2), ("segments", 2)])
+def test_no_races_and_nothing_unwritten_is_read(name, spans):
   shapes = (1, T, N, H), (1, S, K, H), (1, S, K, E), (1, N, 1, S)
   q, k, v, bias = (jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(0), 4), shapes))
 
@@ -40,8 +41,11 @@ def test_no_races_and_nothing_unwritten_is_read(name, one_kernel):
 
   ours = lambda q, k, v, bias: jflash.attention(q, k, v, bias, implementation="tpu", return_residual=True, **CASES[name])
   dense = lambda q, k, v, bias: _reference.attention(q, k, v, bias, keep(name), logits_soft_cap=CASES[name].get("logits_soft_cap"))
-  # As it is chosen, or as where there are too many queries for dQ to stay on chip.
-  passes = contextlib.nullcontext() if one_kernel else _plan.force_passes(1, False)
+  # As it is chosen, or as where there are too many queries, or query heads, for dQ to stay on chip.
+  passes = contextlib.ExitStack()
+  if spans is not None:
+    passes.enter_context(_plan.force_passes(1, spans))
+    passes.enter_context(_plan.force_tiles(128, 128))
   params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="uninitialized")
   with jflash.interpret(params), passes:
     value, grads = jax.value_and_grad(loss(ours), (0, 1, 2, 3))(q, k, v, bias)

@@ -1,5 +1,6 @@
 """The TPU kernels' static schedules: how they are read, and that the kernels do not grow."""
 
+import pathlib
 
 import pytest
 
@@ -117,3 +118,20 @@ def test_no_kernel_has_grown(chip):
       now, was = tpu_tiles.cost(kernel), _tiles_tpu.TABLE[chip, width, 2, name][tiles[name]]
       grown |= {f"{case}, {name}, {kind}": (a, b) for kind, a, b in zip(was._fields, was, now) if b > ALLOWED * a}
   assert len(cases) == len(tpu_static.WIDTHS) and not grown, f"bundles of a tile, on record and now: {grown}"
+
+
+@pytest.mark.slow
+def test_no_kernel_for_long_sequences_has_grown():
+  """Beside the page of figures. After a change that is worth it: `python -m benchmarks.tpu_static`."""
+  tpu_topology.device(chip := "v6e")
+  page = (pathlib.Path(tpu_static.__file__).parent / "results/tpu-static.md").read_text()
+  if f"libtpu {(now := tpu_schedule.libtpu_version())}\n" not in page:
+    pytest.skip(f"the page has the bundles of another libtpu than {now}")
+  table = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in page.splitlines() if line.startswith("|")]
+  was = {(row[""], row["pass"], row["d"]): row for row in (dict(zip(table[0], cells)) for cells in table[2:])
+         if row["chip"] == chip and row[""] in tpu_static.LONG}
+  now = tpu_static.measure(chip, "long")
+  assert {(who, kernel, width) for who, _, width, kernel in now} == set(was) and len(was) == (1 + 3) * len(tpu_static.WIDTHS)
+  for (who, _, width, kernel), found in now.items():
+    for kind in ("full", "partial"):
+      assert getattr(found, kind) <= ALLOWED * float(was[who, kernel, width][kind]), (who, kernel, width, kind)

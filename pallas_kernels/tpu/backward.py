@@ -38,13 +38,9 @@ class Residuals(NamedTuple):
 
 def backward(call: launch.Call, residuals: Residuals, logits: Any, rows: schedule.Visits,
              columns: schedule.Visits) -> tuple[Any, Any, Any]:
-  """(dq, dk, dv), laid out as q, k, v, in their dtypes; dq may have more rows."""
-  if call.one_kernel:
-    dk, dv, dq = _dkv(call, residuals, logits, columns, with_dq=True)
-  else:
-    dk, dv = _dkv(call, residuals, logits, columns)
-    dq = _dq(call, residuals, logits, rows)
-  return dq, dk, dv
+  """(dq, dk, dv), laid out as q, k, v, in their dtypes or in float32; all may have more rows."""
+  dk, dv, *dq = _dkv(call, residuals, logits, columns)
+  return dq[0] if dq else _dq(call, residuals, logits, rows), dk, dv
 
 
 def _tile_gradients(call: launch.Call, logits: Any, tiles: Any, refs: Any, place: launch.Place, masked: bool,
@@ -101,20 +97,26 @@ def _dq(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.V
                      [pltpu.VMEM((call.tiles[0], width), jnp.float32)], parallel=2)[0]
 
 
-def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.Visits, with_dq: bool = False) -> list[Any]:
+def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.Visits) -> list[Any]:
   """dK = d(QKᵀ)ᵀ Q and dV = Pᵀ dO, summed over the query tiles of a key tile and the query heads of its kv head.
 
-  With `with_dq` dQ, too, whose sums for all query tiles of these heads stay on chip while the columns pass by.
+  With `call.spans` dQ, too, whose sums for all query tiles of a span and of these heads stay on chip while the columns pass by.
+  With several spans they pass by as often, and the sums of dK and dV wait in memory from one span to the next.
   """
   batch, kv_heads, _, width = residuals.k.shape
-  value_width, groups, rows = residuals.v.shape[3], call.groups, call.tiles[0]
-  queries = _whole_tiles(residuals.q.shape[2], rows)
+  value_width, groups, rows, keys = residuals.v.shape[3], call.groups, call.tiles[0], residuals.k.shape[2]
   turned = call.product is products.Dot  # which is the same from both sides
+  with_dq, several = call.spans > 0, call.spans > 1
+  span = -(-residuals.q.shape[2] // (rows * max(call.spans, 1)))  # query tiles
+  columns = -(-keys // call.tiles[1])
   walk = launch.walk(visits)
 
   def where(b, kv_head, n, g, codes):
     code = walk.code(codes, b, kv_head, n)
-    return launch.Place(b, kv_head * groups + g, schedule.inner(code), schedule.outer(code))
+    i, j = schedule.inner(code), schedule.outer(code)
+    if several:
+      i, j = lax.div(j, columns) * span + i, lax.rem(j, columns)
+    return launch.Place(b, kv_head * groups + g, i, j)
 
   count = len(jax.tree.leaves(logits))
 
@@ -123,24 +125,38 @@ def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.
     (dk_ref, dv_ref, *dq_ref), (dk_acc, dv_acc, *dq_acc) = refs[:len(refs) // 2], refs[len(refs) // 2:]
     b, kv_head, n, g = (pl.program_id(axis) for axis in range(4))
     first, last = walk.ends(codes, b, kv_head, n)
+    of_span, span_first, span_last = 0, n == 0, n == walk.length - 1
+    if several:
+      of_span, span_first, span_last = walk.ends_of(lambda outer: lax.div(outer, columns), codes, b, kv_head, n)
 
     def each_query_tile(do):
       """For all query tiles of this query head, which is enough, as each has a turn."""
-      @pl.loop(0, queries // rows)
+      @pl.loop(0, span)
       def _(i):
         do(g, pl.ds(pl.multiple_of(i * rows, rows), rows))
 
     if with_dq:
-      @pl.when(n == 0)
+      @pl.when(span_first)
       def _():
         def zero(g, rows):
           dq_acc[0][g, rows] = jnp.zeros((rows.size, width), jnp.float32)
         each_query_tile(zero)
 
-    @pl.when(first & (g == 0))
+    def in_memory(ref):
+      """The sums of this key tile."""
+      j = where(b, kv_head, n, g, codes).j
+      return ref.at[b, kv_head, pl.ds(pl.multiple_of(j * call.tiles[1], call.tiles[1]), call.tiles[1])]
+
+    @pl.when(first & (g == 0) & (of_span == 0))
     def _():
       _zero(dk_acc)
       _zero(dv_acc)
+
+    if several:
+      @pl.when(first & (g == 0) & (of_span > 0))
+      def _():
+        pltpu.sync_copy(in_memory(dk_ref), dk_acc)
+        pltpu.sync_copy(in_memory(dv_ref), dv_acc)
 
     def step(masked):
       tiles, (q, k, _, dout) = launch.leaf_tiles(logits, leaf_refs, turned), (ref[...] for ref in inputs[:4])
@@ -157,32 +173,47 @@ def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.
         dk_acc[...] += call.product.dk(call.algebra, dqk, q, k, masked)
         dv_acc[...] += call.algebra.tn(p, dout)
       if with_dq:
-        mine = g, pl.ds(pl.multiple_of(place.i * rows, rows), rows)
+        within = place.i - of_span * span if several else place.i
+        mine = g, pl.ds(pl.multiple_of(within * rows, rows), rows)
         dq_acc[0][mine] += call.product.dk(call.algebra, dqk, k, q, masked)
 
     launch.by_kind(call, walk.code(codes, b, kv_head, n), step)
 
     @pl.when(last & (g == groups - 1))
     def _():
-      _store(dk_ref, dk_acc, call.unit)
-      _store(dv_ref, dv_acc)
+      if several:
+        pltpu.sync_copy(dk_acc, in_memory(dk_ref))
+        pltpu.sync_copy(dv_acc, in_memory(dv_ref))
+      else:
+        _store(dk_ref, dk_acc, call.unit)
+        _store(dv_ref, dv_acc)
 
     if with_dq:
-      @pl.when(n == walk.length - 1)
+      @pl.when(span_last)
       def _():
         def store(g, rows):
           dq_ref[0][g, rows] = (call.unit * dq_acc[0][g, rows]).astype(dq_ref[0].dtype)
         each_query_tile(store)
 
+  def sums(x):
+    """Of whole tiles in memory, in float32, as copies by hand take no less."""
+    array = jax.ShapeDtypeStruct((batch, kv_heads, columns * call.tiles[1], x.shape[3]), jnp.float32)
+    return launch.Operand(array, pl.BlockSpec(memory_space=pl.ANY))
+
+  def dq_block(b, kv_head, n, g, codes):
+    return b, kv_head, lax.div(schedule.outer(walk.code(codes, b, kv_head, n)), columns) if several else 0, 0
+
   operands = launch.leaf_operands(logits, call.tiles, where) + residuals.operands(call, where)
-  results = [launch.Operand(x, launch.key_spec(x.shape[3], call.tiles, groups, where)) for x in (residuals.k, residuals.v)]
+  results = [sums(x) if several else launch.Operand(x, launch.key_spec(x.shape[3], call.tiles, groups, where))
+             for x in (residuals.k, residuals.v)]
   scratch = [pltpu.VMEM((call.tiles[1], n), jnp.float32) for n in (width, value_width)]
   if with_dq:
-    dq = jax.ShapeDtypeStruct((batch, kv_heads * groups, queries, width), residuals.q.dtype)
-    results.append(launch.Operand(dq, pl.BlockSpec((None, groups, queries, width), lambda b, kv_head, *_: (b, kv_head, 0, 0))))
-    scratch.append(pltpu.VMEM((groups, queries, width), jnp.float32))
-  return call.launch(kernel, "jflash_backward" if with_dq else "jflash_dkv", (batch, kv_heads, walk.length, groups),
-                     visits.codes.reshape(-1), operands, results, scratch, parallel=2)
+    dq = jax.ShapeDtypeStruct((batch, kv_heads * groups, call.spans * span * rows, width), residuals.q.dtype)
+    results.append(launch.Operand(dq, pl.BlockSpec((None, groups, span * rows, width), dq_block)))
+    scratch.append(pltpu.VMEM((groups, span * rows, width), jnp.float32))
+  dk, dv, *dq = call.launch(kernel, "jflash_backward" if with_dq else "jflash_dkv", (batch, kv_heads, walk.length, groups),
+                            visits.codes.reshape(-1), operands, results, scratch, parallel=2)
+  return [call.unit * dk if several else dk, dv, *dq]
 
 
 def leaf_gradient(call: launch.Call, residuals: Residuals, logits: Any, wanted: int, kinds: Any) -> Any:
@@ -238,10 +269,6 @@ def leaf_gradient(call: launch.Call, residuals: Residuals, logits: Any, wanted: 
   dleaf = call.launch(kernel, "jflash_dleaf", tuple(sizes[axis] for axis in order), kinds.reshape(-1), operands, [result],
                       scratch, parallel=0)[0]
   return leaves.unstore(dleaf, leaf)
-
-
-def _whole_tiles(n: int, tile: int) -> int:
-  return -(-n // tile) * tile
 
 
 def _zero(ref: Any) -> None:

@@ -30,7 +30,7 @@ class Call:
   tiles: tuple[int, int]
   kinds: tuple[int, ...]  # of tiles, that may occur
   together: int  # visits in one step of the forward pass
-  one_kernel: bool  # whether the backward pass is one kernel: five products a tile rather than seven
+  spans: int  # of query tiles whose dQ is on chip at a time; 0 for a kernel of its own, and seven products a tile rather than five
   unit: float  # by which products are multiplied, as `logits` then do not
   interpret: Any
 
@@ -121,11 +121,17 @@ class Walk(NamedTuple):
 
   def ends(self, codes: Any, batch: Any, kv_head: Any, n: Any, together: int = 1) -> tuple[Any, Any]:
     """Whether the visits from n on, of one step, are the first, and whether they are the last, of their outer tile."""
-    outer_at = lambda m: schedule.outer(self.code(codes, batch, kv_head, m))
-    here, end = outer_at(n), self.length - together
-    first = (n == 0) | (outer_at(jnp.maximum(n - 1, 0)) != here)
-    last = (n == end) | (outer_at(jnp.minimum(n + together, end)) != here)
+    _, first, last = self.ends_of(lambda outer: outer, codes, batch, kv_head, n, together)
     return first, last
+
+  def ends_of(self, run: Callable[[Any], Any], codes: Any, batch: Any, kv_head: Any, n: Any,
+              together: int = 1) -> tuple[Any, Any, Any]:
+    """The run that an outer tile belongs to, and whether the visits are the first and the last of that run."""
+    run_at = lambda m: run(schedule.outer(self.code(codes, batch, kv_head, m)))
+    here, end = run_at(n), self.length - together
+    first = (n == 0) | (run_at(jnp.maximum(n - 1, 0)) != here)
+    last = (n == end) | (run_at(jnp.minimum(n + together, end)) != here)
+    return here, first, last
 
   def row_by_row(self, groups: int, together: int = 1, side: int = 0) -> Callable[..., Place]:
     """Where step (batch, head, n) of a grid along lists of rows computes, with number `side` of its visits."""
