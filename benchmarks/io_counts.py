@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jflash
-from jflash import _plan, masks
+from jflash import _api, _plan, masks
+from pallas_kernels import schedule
 
 from .ledger import Ledger, ledger
 
@@ -160,12 +161,31 @@ class Walked:
 def walked(length: int, window: int | None, width: int = 128) -> list[Walked]:
   """Forward and backward, of one head and a causal mask, by the kernels as they are used."""
   mask: dict[str, Any] = {"is_causal": True} if window is None else {"local_window_size": (window - 1, 0)}
-  kernels = count(Shape(1, length, 1, width), as_used=True, **mask).kernels
+  shape = Shape(1, length, 1, width)
+  kernels = count(shape, as_used=True, **mask).kernels
   found = []
   for direction, some in (("forward", kernels[:1]), ("backward", kernels[1:])):
     steps, moved = sum(math.prod(k.grid) for k in some), sum(k.bytes for k in some)
+    if direction == "backward":
+      moved += of_spans(shape, mask)
     found.append(Walked(length, window, direction, steps, moved, max(k.reads[0].bytes for k in some)))
   return found
+
+
+def of_spans(shape: Shape, mask: dict[str, Any]) -> int:
+  """Bytes of the sums of dK and dV, in float32, that the backward kernel itself writes at the end of a span's columns and reads
+  at their begin, but for the first span's; 0 where there is one span, whose dK and dV are blocks like any other."""
+  made = []
+
+  def plan(q):
+    problem = _api.make_problem(q, q, q, **mask)
+    made.append((chosen := _plan.plan_tpu(problem), _plan.make_schedule(problem, chosen)))
+
+  with jflash.interpret():
+    jax.eval_shape(plan, shape.array)
+  chosen, visits = made[0]
+  starts, tile = np.unique(visits.columns.codes >> 16), chosen.tiles[1] * 2 * shape.width * 4
+  return shape.batch * shape.heads * tile * int(len(starts) + schedule.continued(starts << 16).sum()) if chosen.spans > 1 else 0
 
 
 # The paper's setting --------------------------------------------------------------------------------------------------

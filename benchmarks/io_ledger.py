@@ -44,9 +44,10 @@ table. The line is fitted to all but the first row, a mask that keeps nothing.
 
 
 WINDOW_LEGEND = """\
-One head, d {width}, bfloat16, tiles of 512 x 512 and the passes that are used: the backward pass is one kernel where dQ of all
-queries finds room on chip, and two beyond. window: keys that a query sees, itself included; causal: all up to itself. steps: of
-the grids. list: the longest list of visits, which lies in scalar memory; there is room for {most} visits of 4 bytes.
+One head, d {width}, bfloat16, tiles of 512 x 512 and the passes that are used: from N = 28,672 on, dQ of all queries has no room
+on chip and comes span by span, between which sums of dK and dV move, too. window: keys that a query sees, itself included;
+causal: all up to itself. steps: of the grids. list: the longest list of visits, which lies in scalar memory; there is room for
+{most} visits of 4 bytes.
 """
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 
 from . import jaxprs
 from .jaxprs import Operation
@@ -131,7 +132,7 @@ def _kernel(call: Operation) -> Pass:
   mapping, lists = call.params["grid_mapping"], prefetched(call)
   moved = [(0, 0, 0)] * len(mapping.block_mappings)
   for starts in block_starts(call):
-    moved = [tuple(map(sum, zip(so_far, _moves(block, *ends)))) for so_far, block, ends
+    moved = [so_far if _by_hand(block) else tuple(map(sum, zip(so_far, _moves(block, *ends)))) for so_far, block, ends
              in zip(moved, mapping.block_mappings, starts)]
   scalars = [Operand("prefetched", x.shape, x.dtype, x.shape, 1, x.nbytes, x.nbytes) for x in lists]
   blocks = [Operand(b.origin, b.array_aval.shape, b.array_aval.dtype, _block(b), *counts)
@@ -144,7 +145,7 @@ def _kernel(call: Operation) -> Pass:
 def on_chip(call: Operation) -> int:
   """Bytes of one block of each operand and of the scratch; Pallas holds two of those blocks that it loads ahead."""
   mapping = call.params["grid_mapping"]
-  blocks = sum(_size(_block(b), b.array_aval.dtype) for b in mapping.block_mappings)
+  blocks = sum(_size(_block(b), b.array_aval.dtype) for b in mapping.block_mappings if not _by_hand(b))
   refs = call.params["jaxpr"].invars
   scratch = refs[len(refs) - mapping.num_scratch_operands:]
   return blocks + sum(_size(ref.aval.shape, ref.aval.dtype) for ref in scratch)
@@ -200,6 +201,11 @@ def _moves(block: Any, starts: np.ndarray, after: np.ndarray) -> tuple[int, int,
   lanes = inside.copy()
   lanes[:, -1] = -(-lanes[:, -1] // LANES) * LANES
   return len(left), int(inside.prod(axis=1).sum()) * item, int(lanes.prod(axis=1).sum()) * item
+
+
+def _by_hand(block: Any) -> bool:
+  """Whether an operand stays in memory, and the kernel itself copies what it needs, which is not seen here."""
+  return block.block_aval.memory_space == pl.ANY
 
 
 def _extent(axis: Any) -> int:

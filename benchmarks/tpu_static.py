@@ -43,12 +43,12 @@ LEGEND = f"""\
 bfloat16, N = {LENGTH}, {HEADS} heads. tiles: query rows x key columns; ours are those that are chosen. full, partial, alone:
 bundles for 512 x 512 scores in tiles without a mask, with one, and with one at the end of a row that has an odd number of
 tiles, on the path that finite numbers take; JAX's two have one kind of tile. backward: ours is one kernel, which keeps dQ on
-chip, of all queries or, where there are too many, of a span at a time; JAX's two, and ours where the heads of a group are too
-many, are two, dQ and dK/dV, which have rows of their own. × splash: full, as a multiple of splash attention's (causal) with the block size that suits it best.
-× its kernel: the same with all of the code in its kernels. once: bundles for the first and the last tile of a row or column,
-for the grid, and, ours, to see whether V is finite before a tile with a mask; at most. MATMUL, VALU, XLU, EUP: the share of
-that unit's slots that a full tile uses (matrix products, vector arithmetic, moves across lanes, exponentials). spills: the
-share of the slots for vector stores that go to spills.
+chip, of all queries or, where there are too many, of a span of them at a time; where one tile of all heads of a group is too
+much, and in JAX's two, it is two, dQ and dK/dV, which have rows of their own. × splash: full, as a multiple of splash
+attention's (causal) with the block size that suits it best. × its kernel: the same with all of the code in its kernels. once:
+bundles for the first and the last tile of a row or column, for the grid, and, ours, to see whether V is finite before a tile
+with a mask; at most. MATMUL, VALU, XLU, EUP: the share of that unit's slots that a full tile uses (matrix products, vector
+arithmetic, moves across lanes, exponentials). spills: the share of the slots for vector stores that go to spills.
 
 VMEM: a block of each operand, and scratch; what is loaded ahead has a second one, and the scores of a tile come on top.
 KiB: what a full tile brings from memory, for 512 x 512 scores. TFLOP/s: what a core would reach on full tiles by the largest
@@ -85,7 +85,8 @@ def long() -> dict[str, tuple[Callable, tuple]]:
         return fun(*args)
     return run
 
-  return {case.replace("jflash", who): (forced(fun, spans), args) for who, spans in LONG.items() for case, (fun, args) in ours().items()}
+  return {case.replace("jflash", who): (forced(fun, spans), args)
+          for who, spans in LONG.items() for case, (fun, args) in ours().items()}
 
 
 def _options(mask: str) -> dict[str, Any]:

@@ -251,7 +251,7 @@ DQ_LIMIT = 28 * 2**20  # bytes, of the 48 MiB that a kernel may use on a TPU
 
 
 def _spans(problem: Problem, tiles: tuple[int, int]) -> int:
-  """`Plan.spans`: dQ of a span is held for all query heads of a kv head, its sums, and what is copied out of them in two buffers."""
+  """`Plan.spans`: of dQ are held, for all query heads of a kv head, the sums and what is copied out of them, in two buffers."""
   rows, columns = (math.ceil(n / side) for n, side in zip((problem.queries, problem.keys), tiles))
   itemsize = 2 if problem.q.dtype == jnp.bfloat16 else 4
   most = DQ_LIMIT // (problem.groups * tiles[0] * 128 * math.ceil(problem.width / 128) * (4 + 2 * itemsize))  # tiles of a span
@@ -324,9 +324,7 @@ def _schedule(problem: Problem, plan: Plan) -> AnySchedule:
     dq, kinds = _row_visits(problem, plan.backward_tiles)
   rows, columns = kinds.shape[2:]
   most = rows * _most_in_a_row(problem, plan.backward_tiles or plan.tiles, columns)
-  spans = max(plan.spans, 1)
-  most = min(most + spans * columns, rows * columns)  # the same visits, and one for each column that has none
-  by_column = schedule.visits(schedule.by_span(kinds, spans), most)
+  by_column = schedule.span_visits(kinds, max(plan.spans, 1), most)
   return Schedule(by_row, by_column, kinds, None if plan.spans else dq)
 
 

@@ -32,7 +32,12 @@ class Visits(NamedTuple):
 
 def outer(code: Any) -> Any:
   """The tile along the axis that is walked slowly."""
-  return code >> (_KIND_BITS + _TILE_BITS)
+  return (code >> (_KIND_BITS + _TILE_BITS)) & (MAX_TILES - 1)
+
+
+def continued(code: Any) -> Any:
+  """1 for the visits of a column, in `span_visits`, that have others in spans before."""
+  return code >> (_KIND_BITS + 2 * _TILE_BITS)
 
 
 def inner(code: Any) -> Any:
@@ -51,26 +56,18 @@ def kinds(some: Any, every: Any) -> Any:
   return xp.where(some, xp.where(every, FULL, PARTIAL), EMPTY).astype(np.int32)
 
 
-def by_span(kinds: Any, spans: int) -> Any:
-  """Column by column for each of so many spans of rows: `[B|1, K|1, rows, columns]` as `[B|1, K|1, spans · columns, rows / spans]`."""
-  *lead, rows, columns = kinds.shape
-  span = -(-rows // spans)
-  xp: Any = np if isinstance(kinds, np.ndarray) else jnp
-  filled = xp.pad(kinds, [(0, 0), (0, 0), (0, spans * span - rows), (0, 0)], constant_values=EMPTY)
-  return filled.reshape(*lead, spans, span, columns).swapaxes(-1, -2).reshape(*lead, spans * columns, span)
-
-
 def first(kinds: Any, count: int) -> Any:
   """The first `count` tiles of each row that are not EMPTY, and EMPTY in place of the others: `[B|1, K|1, rows, columns]`."""
   return jnp.where(jnp.cumsum(kinds != EMPTY, axis=-1) <= count, kinds, EMPTY)
 
 
-def visits(kinds: Any, most: int | None = None, together: int = 1) -> Visits:
+def visits(kinds: Any, most: int | None = None, together: int = 1, written: Any = True) -> Visits:
   """Lists that walk a table of kinds `[B|1, K|1, rows, columns]` row by row; transpose it first for column by column.
 
   Args:
     most: how many visits there can be in a list, empty rows included; it makes the lists of a traced table shorter.
     together: 1, or 2 for rows filled up to an even number of visits, with an EMPTY one.
+    written: `[B|1, K|1, rows]`, which rows have a visit even if all of their tiles are EMPTY.
   """
   static = isinstance(kinds, np.ndarray)
   xp: Any = np if static else jnp
@@ -80,7 +77,7 @@ def visits(kinds: Any, most: int | None = None, together: int = 1) -> Visits:
   row, column = np.arange(rows, dtype=np.int32)[:, None], np.arange(columns, dtype=np.int32)[None, :]
   some = kinds != EMPTY
   codes = (row << (_KIND_BITS + _TILE_BITS)) | (column << _KIND_BITS) | kinds
-  listed = some | (~xp.any(some, axis=-1, keepdims=True) & (column == 0))
+  listed = some | (~xp.any(some, axis=-1, keepdims=True) & xp.asarray(written)[..., None] & (column == 0))
   if together == 2:
     codes, listed = _even(codes, listed)
     longest = rows * (columns + columns % 2)
@@ -98,6 +95,32 @@ def visits(kinds: Any, most: int | None = None, together: int = 1) -> Visits:
   codes = xp.take_along_axis(flat(codes), xp.take_along_axis(order, number, axis=-1), axis=-1)
   left_over = np.arange(length) >= total
   return Visits(xp.where(left_over, (codes >> _KIND_BITS) << _KIND_BITS, codes), starts)
+
+
+def span_visits(kinds: Any, spans: int, most: int) -> Visits:
+  """Lists that walk a table of kinds `[B|1, K|1, rows, columns]` column by column, in one span of rows after another.
+
+  With `span = ceil(rows / spans)`, inner tiles are rows within a span, and outer ones `number of the span · columns + column`.
+  Every column has a visit, if only in the first span, and so has every span, if only of the first column.
+
+  Args:
+    most: how many tiles there can be in a list that are not EMPTY.
+  """
+  *lead, rows, columns = kinds.shape
+  most = min(most + columns + spans - 1, rows * columns)
+  if spans == 1:
+    return visits(kinds.swapaxes(-1, -2), most)
+  span = -(-rows // spans)
+  xp: Any = np if isinstance(kinds, np.ndarray) else jnp
+  filled = xp.pad(kinds, [(0, 0), (0, 0), (0, spans * span - rows), (0, 0)], constant_values=EMPTY)
+  table = filled.reshape(*lead, spans, span, columns).swapaxes(-1, -2)
+  some = xp.any(table != EMPTY, axis=-1)  # [..., spans, columns]
+  at_start = np.arange(spans)[:, None] == 0, np.arange(columns) == 0
+  written = (~xp.any(some, axis=-2, keepdims=True) & at_start[0]) | (~xp.any(some, axis=-1, keepdims=True) & at_start[1])
+  listed = (some | written).astype(np.int32)
+  before = (xp.cumsum(listed, axis=-2) > listed).reshape(*lead, spans * columns).astype(np.int32)
+  found = visits(table.reshape(*lead, spans * columns, span), most, written=written.reshape(*lead, spans * columns))
+  return found._replace(codes=found.codes | xp.take_along_axis(before, outer(found.codes), axis=-1) << _KIND_BITS + 2 * _TILE_BITS)
 
 
 def _even(codes: Any, listed: Any) -> tuple[Any, Any]:

@@ -4,9 +4,12 @@ import os
 
 
 def _threads_per_worker() -> int:
-  """Each xdist worker's share of the cores, but at least two: with one thread a host callback can wait for itself."""
+  """Each xdist worker's share of the cores, but more than an interpreted GPU kernel has warpgroups.
+
+  Where one of those waits for another in a host callback, it keeps its thread; with as few as two, all threads may wait.
+  """
   workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-  return max(2, (os.cpu_count() or 2) // workers)
+  return max(8, (os.cpu_count() or 2) // workers)
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -201,11 +201,28 @@ def test_turns_count_who_comes_before(table):
       np.testing.assert_array_equal(added, (kinds[at if kinds.shape[:2] == visits.tiles.shape[:2] else (0, 0)] != 0).sum(0))
 
 
-def test_tables_by_span():
-  kinds = np.arange(5 * 3).reshape(1, 1, 5, 3) % 3
-  found = schedule.by_span(kinds, 2)
-  assert found.shape == (1, 1, 6, 3)
-  for span, column, row in np.ndindex(2, 3, 3):
-    i = 3 * span + row
-    assert found[0, 0, 3 * span + column, row] == (kinds[0, 0, i, column] if i < 5 else schedule.EMPTY)
-  np.testing.assert_array_equal(found, schedule.by_span(jnp.asarray(kinds), 2))
+@QUICK
+@given(tables(), st.integers(2, 4))
+def test_visits_span_by_span(table, spans):
+  """Every tile that is not EMPTY is visited once, in its span; all columns and all spans are visited; who was before is known."""
+  kinds = schedule.kinds(*table)
+  *lead, rows, columns = kinds.shape
+  span = -(-rows // spans)
+  spans = -(-rows // span)  # none of them empty
+  found = schedule.span_visits(kinds, spans, rows * columns)
+  traced = jax.jit(schedule.span_visits, static_argnums=(1, 2))(kinds, spans, rows * columns)
+  np.testing.assert_array_equal(found.starts, traced.starts)
+  for place in np.ndindex(*lead):
+    total = found.starts[place][-1]
+    codes = found.codes[place][:total]
+    np.testing.assert_array_equal(codes, traced.codes[place][:total])
+    assert not schedule.kind(traced.codes[place][total:]).any()
+    outer, inner, kind = (of(codes) for of in (schedule.outer, schedule.inner, schedule.kind))
+    assert (np.diff(outer) >= 0).all()
+    i, j, number = outer // columns * span + inner, outer % columns, outer // columns
+    seen = np.zeros((spans * span, columns), int)
+    seen[i, j] = kind
+    np.testing.assert_array_equal(seen[:rows], kinds[place])
+    assert len(set(zip(i, j))) == total and (i < rows).all() and set(j) == set(range(columns)) and set(number) == set(range(spans))
+    for n, flag in zip(range(total), schedule.continued(codes)):
+      assert flag == ((j == j[n]) & (number < number[n])).any()

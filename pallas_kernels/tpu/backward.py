@@ -147,13 +147,15 @@ def _dkv(call: launch.Call, residuals: Residuals, logits: Any, visits: schedule.
       j = where(b, kv_head, n, g, codes).j
       return ref.at[b, kv_head, pl.ds(pl.multiple_of(j * call.tiles[1], call.tiles[1]), call.tiles[1])]
 
-    @pl.when(first & (g == 0) & (of_span == 0))
+    resumed = (schedule.continued(walk.code(codes, b, kv_head, n)) != 0) if several else False
+
+    @pl.when(first & (g == 0) & jnp.logical_not(resumed))
     def _():
       _zero(dk_acc)
       _zero(dv_acc)
 
     if several:
-      @pl.when(first & (g == 0) & (of_span > 0))
+      @pl.when(first & (g == 0) & resumed)
       def _():
         pltpu.sync_copy(in_memory(dk_ref), dk_acc)
         pltpu.sync_copy(in_memory(dv_ref), dv_acc)
