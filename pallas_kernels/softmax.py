@@ -43,9 +43,9 @@ def powers(unit: float) -> Weight:
 
 
 def powers_of_two(unit: float) -> Weight:
-  """exp(unit · (s - base)) as chips do it: one multiplication that adds, and exp2."""
+  """The same by exp2, which is what chips have."""
   factor = unit * LOG2_E
-  return lambda s, base: jnp.exp2(s * factor - base * factor)
+  return lambda s, base: jnp.exp2((s - base) * factor)
 
 
 class State(NamedTuple):

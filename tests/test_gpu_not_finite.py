@@ -146,3 +146,15 @@ def test_nothing_of_skipped_tiles_is_read(nothing_mended, traced):
   dirty = call(q, k, v, dout, dlse)
   assert_same(dirty, clean)
   assert np.isfinite(dirty["out"]).all() and not dirty["dk"][:, 128:].any() and (dirty["lse"][:, 128:] == -np.inf).all()
+
+
+@pytest.mark.parametrize("size, least", [(1e5, 0.0), (1e15, 0.0), (1.0, -1e9), (1.0, float(np.finfo(np.float32).min))])
+def test_a_score_does_not_differ_from_itself(size, least):
+  """Scores of 10^10 and 10^30, and rows in which a bias puts all scores at the same bottom, as padding does: these see a mean."""
+  q, k, v, *_ = draw()
+  bias = np.zeros((1, 1, T, S), np.float32)
+  bias[:, :, :5], bias[:, :, 10, 3:] = least, least
+  arrays = *((x.astype("f") * size).astype(x.dtype) for x in (q, k)), v, jnp.asarray(bias)
+  (out, lse), (want, want_lse) = interpret(attention, *arrays), jflash.attention(*arrays, implementation="xla", return_residual=True)
+  np.testing.assert_allclose(out.astype(jnp.float32), want.astype(jnp.float32), atol=2.0**-7)
+  np.testing.assert_allclose(lse, want_lse, rtol=1e-5)
