@@ -194,15 +194,24 @@ def plan_tpu(problem: Problem) -> Plan:
 MOST_VISITS = 240_000  # of the lists of a kernel: they are 4 bytes each, and a chip has 1 MiB of scalar memory
 
 
+SUMS = 512 * 2**20  # bytes of sums of dK and dV that wait for the next span
+
+
 def _chunk_tpu(problem: Problem, plan: Plan) -> tuple[int, int]:
-  """As many batch elements and kv heads as have lists that fit into scalar memory together."""
+  """As many batch elements and kv heads as have lists that fit into scalar memory together, and sums into `SUMS`."""
   (batch, heads), length = tpu_lists(problem, plan)
   limit = MOST_VISITS // length
   if batch * heads <= limit:
-    return problem.batch, problem.kv_heads
-  if heads <= limit:
-    return _divisor(problem.batch, limit // heads), problem.kv_heads
-  return 1 if batch > 1 else problem.batch, _divisor(problem.kv_heads, limit)
+    batch, heads = problem.batch, problem.kv_heads
+  elif heads <= limit:
+    batch, heads = _divisor(problem.batch, limit // heads), problem.kv_heads
+  else:
+    batch, heads = 1 if batch > 1 else problem.batch, _divisor(problem.kv_heads, limit)
+  if plan.spans <= 1:
+    return batch, heads
+  most = SUMS // (problem.keys * 4 * sum(128 * math.ceil(n / 128) for n in (problem.width, problem.value_width)))
+  heads = _divisor(heads, most)
+  return _divisor(batch, most // heads) if heads == problem.kv_heads else 1, heads
 
 
 def tpu_lists(problem: Problem, plan: Plan) -> tuple[tuple[int, int], int]:

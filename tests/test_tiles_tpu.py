@@ -221,3 +221,14 @@ def test_how_many_spans(length, heads, width, dtype, expected):
   with _plan.force_tiles(512, 512):
     jax.eval_shape(lambda q, k: made.update(plan=_plan.plan_tpu(_api.make_problem(q, k, k))), q, k)
   assert made["plan"].spans == expected
+
+
+@pytest.mark.parametrize("batch, length, heads, width, chunk", [
+    (16, 65_536, 8, 64, (1, 8)), (16, 65_536, 4, 64, (2, 4)), (2, 131_072, 8, 256, (1, 2)), (2, 131_072, 6, 128, (1, 3)), (64, 4096, 8, 64, (64, 8))])
+def test_sums_of_spans_take_half_a_gibibyte_at_most(batch, length, heads, width, chunk):
+  """As many batch elements and heads at a time; all of them where there is one span."""
+  made = {}
+  q = Struct((batch, length, heads, width), "bfloat16")
+  with _plan.force_tiles(512, 512):
+    jax.eval_shape(lambda q: made.update(plan=_plan.plan_tpu(_api.make_problem(q, q, q, is_causal=True))), q)
+  assert made["plan"].chunk == chunk
