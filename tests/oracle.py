@@ -55,13 +55,9 @@ def answer(function: Any, arrays: dict[str, Any], cotangents: Any) -> Answer:
   return jax.tree.map(np.asarray, _answers(function, arrays, cotangents)[0])
 
 
-# The oracle is one program, made quickly, that rounds where it says so; operation by operation, compiling took twice as long.
-_QUICKLY = {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}
-
-
-def quickly(function: Any, arrays: dict[str, Any], *cotangents: Any) -> list[Answer]:
-  """`answer` for each of the cotangents."""
-  run = jax.jit(functools.partial(_answers, function), compiler_options=_QUICKLY)
+def at_once(function: Any, arrays: dict[str, Any], *cotangents: Any) -> list[Answer]:
+  """`answer` for each of the cotangents, of one program that rounds where it says so: compiled in half the time of its operations."""
+  run = jax.jit(functools.partial(_answers, function), compiler_options={"xla_allow_excess_precision": False})
   return jax.tree.map(np.asarray, run(arrays, *cotangents))
 
 
@@ -97,7 +93,7 @@ def dense(built: Built, cotangents: Any, dtype: Any) -> Answer:
         moving[name] = moving[name].reshape(())
     return _reference.attention(**{**kwargs, **moving}, keep=keep, dtype=dtype)
 
-  return quickly(function, arrays, cotangents)[0]
+  return at_once(function, arrays, cotangents)[0]
 
 
 def exact(built: Built, cotangents: Any) -> tuple[Answer, dict[str, Any]]:
@@ -127,7 +123,7 @@ def exact(built: Built, cotangents: Any) -> tuple[Answer, dict[str, Any]]:
     wide = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
     wide |= {name: np.array(np.broadcast_to(np.asarray(x, np.float64), keep.shape)) for name, x in flat.items()}
     only_lse = tuple(np.full_like(x, n) for n, x in enumerate(cotangents))
-    result, of_lse = quickly(function, wide, cotangents, only_lse)
+    result, of_lse = at_once(function, wide, cotangents, only_lse)
   p = of_lse.grads["bias"]  # [B, N, T, S], with the derivative of the soft cap
   gross = _gross(built, p, result, cotangents, distance)
   grads, sums = dict(result.grads), {name: gross[name].max() for name in ("query", "key", "value")} | _gross_others(built, gross)
@@ -166,11 +162,19 @@ def _gross_others(built: Built, gross: dict[str, Any]) -> dict[str, Any]:
   return sums
 
 
-def check(ours: Answer, built: Built, cotangents: Any) -> None:
-  """Asserts shapes, dtypes and values of out, lse and all gradients."""
+class Verdict(NamedTuple):
+  """What is right, and how far off an answer may be."""
+
+  truth: Answer
+  sums: dict[str, Any]  # Σ|terms| by argument name
+  error: Answer  # of dense attention in the same dtype
+  shrink: float  # by which that error is scaled
+
+
+def judge(built: Built, cotangents: Any) -> Verdict:
+  """The verdict for an answer to `built`, by the dtype of its queries."""
   truth, sums = exact(built, cotangents)
   dtype = built.q.dtype
-  wide = dtype if dtype == np.float64 else np.dtype(np.float32)
   if dtype == np.float64:  # judged as float32 is, times the ratio of their eps
     narrow = lambda x: np.asarray(x, np.float32) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x
     as_float32 = Built(*map(narrow, built[:3]), {n: narrow(x) for n, x in built.kwargs.items()}, built.keep, built.factors)
@@ -178,18 +182,27 @@ def check(ours: Answer, built: Built, cotangents: Any) -> None:
     shrink = 2 * np.finfo(np.float64).eps / np.finfo(np.float32).eps
   else:
     naive, base, shrink = dense(built, cotangents, dtype), truth, 1.0
+  seen = truth.lse > -np.inf
+  grads = {name: naive.grads[name].astype(np.float64) - base.grads[name] for name in arrays_of(built)}
+  return Verdict(truth, sums, Answer(naive.out - base.out, naive.lse[seen] - base.lse[seen], grads), shrink)
+
+
+def check(ours: Answer, built: Built, cotangents: Any, verdict: Verdict | None = None) -> None:
+  """Asserts shapes, dtypes and values of out, lse and all gradients."""
+  truth, sums, error, shrink = verdict or judge(built, cotangents)
+  dtype = built.q.dtype
+  wide = dtype if dtype == np.float64 else np.dtype(np.float32)
   assert ours.out.dtype == dtype and ours.lse.dtype == wide
-  close(ours.out, truth.out, naive.out - base.out, 2 * shrink, "out")
+  close(ours.out, truth.out, error.out, 2 * shrink, "out")
   seen = truth.lse > -np.inf
   np.testing.assert_array_equal(ours.lse == -np.inf, ~seen, "lse is -inf exactly where nothing is seen")
-  close(ours.lse[seen], truth.lse[seen], (naive.lse - np.where(seen, base.lse, 0))[seen], 2 * shrink, "lse")
+  close(ours.lse[seen], truth.lse[seen], error.lse, 2 * shrink, "lse")
   assert not ours.out.astype(np.float64)[~seen].any(), "out is 0 where nothing is seen"
   assert not ours.grads["query"].astype(np.float64)[~seen].any(), "no gradient where nothing is seen"
   for name, x in arrays_of(built).items():
     got = ours.grads[name]
     assert got.dtype == x.dtype and got.shape == x.shape, name
-    error = np.finfo(wide).eps * sums.get(name, 0)
-    close(got, truth.grads[name], naive.grads[name].astype(np.float64) - base.grads[name], 3 * shrink, f"d{name}", error)
+    close(got, truth.grads[name], error.grads[name], 3 * shrink, f"d{name}", np.finfo(wide).eps * sums.get(name, 0))
 
 
 def close(got: Any, truth: Any, naive_error: Any, factor: float, name: str, sum_error: float = 0.0) -> None:
