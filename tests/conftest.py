@@ -1,5 +1,6 @@
 """The environment of the tests, set before anything imports jax; what the user has set already stays."""
 
+import collections
 import os
 
 
@@ -24,6 +25,23 @@ if "tpu" not in os.environ["JAX_PLATFORMS"]:  # a real one describes itself; oth
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+
+def pytest_addoption(parser):
+  parser.addoption("--one-in", type=int, default=1, metavar="N",
+                   help="one in N of each file's tests, the first, the N+1st, …; those of GPU kernels all")
+
+
+@pytest.hookimpl(trylast=True)  # of what the other options have left
+def pytest_collection_modifyitems(config, items):
+  seen, kept, others = collections.Counter(), [], []
+  for item in items:
+    gpu = item.get_closest_marker("gpu") is not None
+    (kept if gpu or seen[item.path] % config.option.one_in == 0 else others).append(item)
+    seen[item.path] += not gpu
+  items[:] = kept
+  if others:
+    config.hook.pytest_deselected(items=others)
 
 
 def _memory_maps() -> int:
