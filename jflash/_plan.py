@@ -146,9 +146,10 @@ def platform() -> str:
 def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
   """Tiles of 128 to 512, and as many heads at a time as keep a step at `scores` (by default, a cache or 1 GiB full of them)."""
   on_cpu = platform() == "cpu"
-  sides, most = _xla_sides(problem) if on_cpu else _sides_by_length(problem), scores or (1 << 19 if on_cpu else 1 << 28)
-  tiles = _forced_tiles.get() or _blocks(problem, *sides)
+  tiles = _forced_tiles.get() or _blocks(problem, *(_xla_sides(problem) if on_cpu else _sides_by_length(problem)))
   tiles = min(tiles[0], problem.queries), min(tiles[1], problem.keys)
+  whole = tiles == (problem.queries, problem.keys)
+  most = scores or ((1 << 20 if whole else 1 << 19) if on_cpu else 1 << 28)
   lead = _table_lead(problem)
   limit = most // max(tiles[0] * tiles[1] * problem.groups, tiles[1] * max(problem.width, problem.value_width) if on_cpu else 0)
   if on_cpu and _few_queries(problem) and tiles[1] == problem.keys:
@@ -165,7 +166,15 @@ def _xla_sides(problem: Problem) -> tuple[int, int]:
     return 1024, 1024
   if _few_queries(problem):  # the keys are read once, and how fast is all that counts
     return problem.queries, problem.keys if old and _scores(problem) <= 1 << 24 else 512
-  return 512 if old else 256, 256
+  if problem.logits.mask is None and max(problem.queries, problem.keys) <= 512:
+    return 512, 512
+  return _even(problem.queries, 512 if old else 256), _even(problem.keys, 256)
+
+
+def _even(length: int, side: int) -> int:
+  """At most `side`, such that as many tiles end soon after `length`: 384 are two of 192, and not one and a half of 256."""
+  tiles = math.ceil(length / side)
+  return min(side, 32 * math.ceil(length / (32 * tiles)))
 
 
 def _few_queries(problem: Problem) -> bool:

@@ -52,17 +52,22 @@ class Walk:
   def algebra(self) -> products.Algebra:
     return products.Algebra(
         nt=lambda q, k: self._dot("nth,nsh->nts", _rows(q), _stack(k)).reshape(*q.shape[:4], -1),
-        nn=lambda s, k: self._dot("nts,nsh->nth", _rows(s), _stack(k)).reshape(*s.shape[:4], -1),
+        nn=lambda s, k: self._dot("nts,nsh->nth", _rows(self._settled(s)), _stack(k)).reshape(*s.shape[:4], -1),
         tn=lambda s, q: self.tn(s, turn(q)), lay_down=lambda x: x[:, :, None].swapaxes(-1, -2),
         over_rows=lambda s: s.sum((2, 3))[..., None])
 
   def tn(self, s: Any, turned: Any) -> Any:
     """sᵀ q with q as `turn` has it: (qᵀ s)ᵀ, as XLA's CPU compiler takes twice as long for sᵀ as for the smaller qᵀ."""
-    return self._dot("nht,nts->nhs", _stack(turned), _rows(s)).reshape(*s.shape[:2], -1, s.shape[-1]).swapaxes(-1, -2)
+    x = self._dot("nht,nts->nhs", _stack(turned), _rows(self._settled(s)))
+    return x.reshape(*s.shape[:2], -1, s.shape[-1]).swapaxes(-1, -2)
 
   def _dot(self, spec: str, a: Any, b: Any) -> Any:
     """Of stacks of matrices; with one more axis, of size one, XLA's CPU compiler would mix a copy into what follows."""
     return jnp.einsum(spec, a, b, precision=self.precision, preferred_element_type=self.dtype)
+
+  def _settled(self, s: Any) -> Any:
+    """Weights in a narrower dtype, rounded apart: as part of a change of shape XLA's CPU compiler rounds them slowly."""
+    return s if s.dtype == self.dtype else lax.optimization_barrier(s)
 
   def widened(self) -> Walk:
     """The same walk over tiles that are all converted to the dtype of the scores."""
