@@ -166,7 +166,7 @@ def _xla_sides(problem: Problem) -> tuple[int, int]:
     return 1024, 1024
   if _few_queries(problem):  # the keys are read once, and how fast is all that counts
     return problem.queries, problem.keys if old and _scores(problem) <= 1 << 24 else 512
-  if problem.logits.mask is None and max(problem.queries, problem.keys) <= 512:
+  if (old or problem.logits.mask is None) and max(problem.queries, problem.keys) <= 512:
     return 512, 512
   return _even(problem.queries, 512 if old else 256), _even(problem.keys, 256)
 
