@@ -148,8 +148,7 @@ def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
   on_cpu = platform() == "cpu"
   tiles = _forced_tiles.get() or _blocks(problem, *(_xla_sides(problem) if on_cpu else _sides_by_length(problem)))
   tiles = min(tiles[0], problem.queries), min(tiles[1], problem.keys)
-  whole = tiles == (problem.queries, problem.keys)
-  most = scores or ((1 << 20 if whole else 1 << 19) if on_cpu else 1 << 28)
+  most = scores or (1 << (20 if tiles[0] * tiles[1] > 1 << 17 else 19) if on_cpu else 1 << 28)
   lead = _table_lead(problem)
   limit = most // max(tiles[0] * tiles[1] * problem.groups, tiles[1] * max(problem.width, problem.value_width) if on_cpu else 0)
   if on_cpu and _few_queries(problem) and tiles[1] == problem.keys:
