@@ -26,6 +26,7 @@ _forced_passes: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_pas
 _forced_launches: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_launches", default=None)
 
 
+OLD_XLA = jax.__version_info__ < (0, 11)  # whose CPU compiler differs from the later ones
 SMALLEST = 64  # rows or columns of a tile; below that, the way from tile to tile takes longer than the tile
 
 
@@ -74,6 +75,7 @@ class Plan:
   launches: _tiles_gpu.Launches | None = None  # of "mosaic_gpu"
   walks: bool = False  # whether a pass walks from tile to tile in loops of its own, as "xla" does
   one_visit: bool = False  # whether there is one tile, and of one kind for all batch elements and heads
+  as_bits: bool = False  # whether "xla" cuts tiles of bfloat16 out as integers
 
 
 @contextlib.contextmanager
@@ -144,30 +146,32 @@ def platform() -> str:
 
 
 def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
-  """Tiles of 128 to 512, and as many heads at a time as keep a step at `scores` (by default, a cache or 1 GiB full of them)."""
+  """Tiles, and as many batch elements and heads at a time as keep a step at `scores`; by default, a cache or 1 GiB full of them."""
   on_cpu = platform() == "cpu"
   tiles = _forced_tiles.get() or _blocks(problem, *(_xla_sides(problem) if on_cpu else _sides_by_length(problem)))
   tiles = min(tiles[0], problem.queries), min(tiles[1], problem.keys)
-  most = scores or (1 << (20 if tiles[0] * tiles[1] > 1 << 17 else 19) if on_cpu else 1 << 28)
+  most = scores or (_xla_step(problem, tiles) if on_cpu else 1 << 28)
   lead = _table_lead(problem)
   limit = most // max(tiles[0] * tiles[1] * problem.groups, tiles[1] * max(problem.width, problem.value_width) if on_cpu else 0)
-  if on_cpu and _few_queries(problem) and tiles[1] == problem.keys:
-    limit = problem.batch * problem.kv_heads
   heads = _divisor(problem.kv_heads, limit) if lead[1] == 1 else 1
   batch = _divisor(problem.batch, limit // heads) if lead[0] == 1 and heads == problem.kv_heads else 1
-  return Plan(tiles, (batch, heads), on_cpu and problem.q.dtype == jnp.float16, False, walks=True)
+  return Plan(tiles, (batch, heads), on_cpu and problem.q.dtype == jnp.float16, False, walks=True, as_bits=on_cpu and OLD_XLA)
 
 
 def _xla_sides(problem: Problem) -> tuple[int, int]:
   """Rows and columns of a tile on CPUs, as measured (docs/design.md, "Plain JAX on CPUs")."""
-  old = jax.__version_info__ < (0, 11)
   if problem.product is products.Distance:  # n = 16,384, d = 2 takes an eighth less in 1024 x 1024 than in 512 x 512
     return 1024, 1024
   if _few_queries(problem):  # the keys are read once, and how fast is all that counts
-    return problem.queries, problem.keys if old and _scores(problem) <= 1 << 24 else 512
-  if (old or problem.logits.mask is None) and max(problem.queries, problem.keys) <= 512:
+    return problem.queries, 1024
+  if (OLD_XLA or problem.logits.mask is None) and max(problem.queries, problem.keys) <= 512:
     return 512, 512
-  return _even(problem.queries, 512 if old else 256), _even(problem.keys, 256)
+  return _even(problem.queries, 512 if OLD_XLA else 256), _even(problem.keys, 256)
+
+
+def _xla_step(problem: Problem, tiles: tuple[int, int]) -> int:
+  """Scores of a step on CPUs, as measured; where queries are few, of numbers of the keys."""
+  return 1 << 20 if tiles[0] * tiles[1] > 1 << 17 or _few_queries(problem) else 1 << 19
 
 
 def _even(length: int, side: int) -> int:
@@ -178,10 +182,6 @@ def _even(length: int, side: int) -> int:
 
 def _few_queries(problem: Problem) -> bool:
   return problem.queries * problem.groups <= 32 and problem.product is products.Dot
-
-
-def _scores(problem: Problem) -> int:
-  return problem.batch * problem.heads * problem.queries * problem.keys
 
 
 def _sides_by_length(problem: Problem) -> tuple[int, int]:

@@ -145,17 +145,29 @@ class Walk:
     """Query tile i of `[B, T, N, H]`, `[Bc, Kc, G, rows, H]`."""
     (batch, heads), size = self.plan.chunk, self.plan.tiles[0]
     start = _start(chunk.batch, i * size, chunk.kv_head * self.groups, 0)
-    x = lax.dynamic_slice(x, start, (batch, size, heads * self.groups, x.shape[-1]))
+    x = self._cut(x, start, (batch, size, heads * self.groups, x.shape[-1]))
     return self._widen(x.reshape(batch, size, heads, self.groups, -1).transpose(0, 2, 3, 1, 4))
 
   def columns(self, x: Any, chunk: Chunk, j: Any) -> Any:
     """Key tile j of what `along_columns` gives, `[Bc, Kc, columns, H]`."""
     (batch, heads), size = self.plan.chunk, self.plan.tiles[1]
     if self.heads_first:
-      x = lax.dynamic_slice(x, _start(chunk.batch, chunk.kv_head, j * size, 0), (batch, heads, size, x.shape[-1]))
+      x = self._cut(x, _start(chunk.batch, chunk.kv_head, j * size, 0), (batch, heads, size, x.shape[-1]))
     else:
-      x = lax.dynamic_slice(x, _start(chunk.batch, j * size, chunk.kv_head, 0), (batch, size, heads, x.shape[-1])).swapaxes(1, 2)
+      x = self._cut(x, _start(chunk.batch, j * size, chunk.kv_head, 0), (batch, size, heads, x.shape[-1])).swapaxes(1, 2)
     return self._widen(x)
+
+  def _cut(self, x: Any, start: tuple[Any, ...], size: tuple[int, ...]) -> Any:
+    """`lax.dynamic_slice`, of bfloat16 as integers where `Plan.as_bits`.
+
+    XLA's CPU compiler of JAX 0.10 cuts no bfloat16: it converts all of `x` to float32, and that before the loop. So it would with
+    the integers, if `x` did not pass a barrier together with the place, which changes.
+    """
+    if not self.plan.as_bits or x.dtype != jnp.bfloat16 or size == x.shape:
+      return lax.dynamic_slice(x, start, size)
+    x, start = lax.optimization_barrier((x, start))
+    x = lax.dynamic_slice(lax.bitcast_convert_type(x, jnp.uint16), start, size)
+    return lax.bitcast_convert_type(lax.optimization_barrier(x), jnp.bfloat16)
 
   def _widen(self, x: Any) -> Any:
     return x.astype(self.dtype) if self.plan.widen else x
@@ -175,7 +187,7 @@ class Walk:
   def leaf(self, x: Any, chunk: Chunk, i: Any, j: Any) -> Any:
     """Tile (i, j) of an array of the logits, `[Bc|1, Kc|1, G|1, rows|1, columns|1, …]`, floats in the scores' dtype."""
     start, size = self._leaf_slice(x, chunk, i, j)
-    x = lax.optimization_barrier(lax.dynamic_slice(x, start, size))  # or it would be cut for each element, with JAX 0.12
+    x = lax.optimization_barrier(self._cut(x, start, size))  # or it would be cut for each element, with JAX 0.12
     x = x.reshape(size[0], *((1, 1) if size[1] == 1 else (self.plan.chunk[1], self.groups)), *size[2:])
     return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 

@@ -35,6 +35,22 @@ def test_a_walk_that_needs_no_loop_has_none():
   assert "stablehlo.while" in lower(is_causal=True, tiles=(32, 32))
 
 
+@pytest.mark.parametrize("length", [300, 513, 700, 1000, 1100, 5000])
+def test_tiles_divide_a_length_evenly(length):
+  """Less than 32 rows or columns a tile are computed for nothing."""
+  for side in settled(length, is_causal=True).tiles:
+    tiles = -(-length // side)
+    assert side <= 512 and tiles * side - length < 32 * tiles
+
+
+def test_bfloat16_keys_are_cut_up_and_not_copied():
+  """XLA's CPU compiler of JAX 0.10 would convert all of them to float32, and that took six times as long as all the rest."""
+  q, k = (jax.ShapeDtypeStruct((8, n, 8, 128), jnp.bfloat16) for n in (1, 8192))
+  analysis = jax.jit(jflash.attention).lower(q, k, k).compile().memory_analysis()
+  assert analysis is not None
+  assert analysis.temp_size_in_bytes < k.size * k.dtype.itemsize / 2
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_twentieth_of_the_memory_that_scores_take(backward):
   """At T = 4096, 8 heads of width 64, causal, as the compiled programs state it."""
