@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels import softmax
 
@@ -148,4 +149,6 @@ def _put(values: list[Any], which: tuple[bool, ...], new: list[Any]) -> list[Any
 def _weigh(walk: Walk, s: Any, v: Any, masked: bool, p: Any) -> Any:
   """p V, safe against values that are not finite where the mask hides them."""
   dot = lambda p, v: walk.algebra.nn(p.astype(v.dtype), v)
-  return softmax.weigh_masked(p, s, v, dot) if masked else dot(p, v)
+  if not masked:
+    return dot(p, v)
+  return softmax.weigh_masked(p, s, lax.optimization_barrier(v), dot)  # or it would be cut out once for each of its uses
