@@ -122,13 +122,13 @@ class Walk:
     if self.plan.one_visit:
       return body(np.int32(0), self.plan.kinds[0] == schedule.PARTIAL, init)
     visits = chunk.visits
-    first, end = visits.starts[i], visits.starts[i + 1]
-    middle = first + visits.partial[i]
+    first, end = _at(visits.starts, i), _at(visits.starts, i + 1)
+    middle = first + _at(visits.partial, i)
     for kind, start, stop in ((schedule.PARTIAL, first, middle), (schedule.FULL, middle, end)):
       if kind in self.plan.kinds:
         # A tile's number is looked up one step before: XLA's CPU compiler would do it again for each element of the mask.
-        step = lambda n, at, masked=kind == schedule.PARTIAL: (visits.tiles[n + 1], body(at[0], masked, at[1]))
-        _, init = lax.fori_loop(start, stop, step, (visits.tiles[start], init))
+        step = lambda n, at, masked=kind == schedule.PARTIAL: (_at(visits.tiles, n + 1), body(at[0], masked, at[1]))
+        _, init = lax.fori_loop(start, stop, step, (_at(visits.tiles, start), init))
     return init
 
   def apart(self, j: Any, compute: Callable, nothing: Callable, *args: Any) -> Any:
@@ -158,15 +158,15 @@ class Walk:
     return self._widen(x)
 
   def _cut(self, x: Any, start: tuple[Any, ...], size: tuple[int, ...]) -> Any:
-    """`lax.dynamic_slice`, of bfloat16 as integers where `Plan.as_bits`.
+    """A slice, of bfloat16 as integers where `Plan.as_bits`.
 
     XLA's CPU compiler of JAX 0.10 cuts no bfloat16: it converts all of `x` to float32, and that before the loop. So it would with
     the integers, if `x` did not pass a barrier together with the place, which changes.
     """
     if not self.plan.as_bits or x.dtype != jnp.bfloat16 or size == x.shape:
-      return lax.dynamic_slice(x, start, size)
+      return _slice(x, start, size)
     x, start = lax.optimization_barrier((x, start))
-    x = lax.dynamic_slice(lax.bitcast_convert_type(x, jnp.uint16), start, size)
+    x = _slice(lax.bitcast_convert_type(x, jnp.uint16), start, size)
     return lax.bitcast_convert_type(lax.optimization_barrier(x), jnp.bfloat16)
 
   def _widen(self, x: Any) -> Any:
@@ -176,7 +176,7 @@ class Walk:
     """Writes `[Bc, Kc, G, rows, H]` into query tile i of `[B, T, N, H]`."""
     batch, heads, groups, size, width = x.shape
     x = x.transpose(0, 3, 1, 2, 4).reshape(batch, size, heads * groups, width).astype(buffer.dtype)
-    return lax.dynamic_update_slice(buffer, x, _start(chunk.batch, i * size, chunk.kv_head * groups, 0))
+    return _update(buffer, x, _start(chunk.batch, i * size, chunk.kv_head * groups, 0))
 
   def add_columns(self, buffer: Any, x: Any, chunk: Chunk, j: Any) -> Any:
     """Adds `[Bc, Kc, columns, H]` to key tile j of `[B, K, H, S]`, in which `tn` has it."""
@@ -245,8 +245,14 @@ def _rows(x: Any) -> Any:
   return x.reshape(-1, x.shape[2] * x.shape[3], x.shape[4])
 
 
+# Places are never negative: that JAX would look for, in each dimension of each slice, takes compile time.
+_slice = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
+_update = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
+_at = functools.partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+
+
 def _add(buffer: Any, x: Any, start: tuple[Any, ...]) -> Any:
-  return lax.dynamic_update_slice(buffer, lax.dynamic_slice(buffer, start, x.shape) + x, start)
+  return _update(buffer, _slice(buffer, start, x.shape) + x, start)
 
 
 def _start(*indices: Any) -> tuple[Any, ...]:

@@ -134,15 +134,15 @@ def count_not_finite(x: Any) -> Any:
 def weigh_masked(p: Any, s: Any, v: Any, dot: Callable[[Any, Any], Any]) -> Any:
   """p V where a key that a row does not see (s = -inf) must not touch it, even if its value is inf or NaN.
 
-  Finite values are the rule. Otherwise what is not finite is summed apart, over the keys each row does see.
+  Finite values are the rule. Otherwise what is not finite is summed apart, over the keys each row does see: NaN as inf - inf.
   """
   def add_what_is_not_finite(_):
     out = dot(p, finite(v))
     seen = (s != -INF).astype(p.dtype)
-    touched = lambda which: dot(seen, which.astype(v.dtype)) > 0
     wide = v.astype(jnp.float32)
-    for which, what in ((wide != wide, float("nan")), (wide == INF, INF), (wide == -INF, -INF)):
-      out = out + jnp.where(touched(which), what, 0.0).astype(out.dtype)
+    for inside, what in ((wide < INF, INF), (wide > -INF, -INF)):
+      touched = dot(seen, jnp.where(inside, 0.0, 1.0).astype(v.dtype)) > 0
+      out = out + jnp.where(touched, what, 0.0).astype(out.dtype)
     return out
 
   out = dot(p, v)
