@@ -13,14 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pallas_kernels import softmax
 
 from ._plan import Plan, WalkSchedule
 from ._problem import Problem
 from ._xla_sum import Parts, Place, tile_sum
-from ._xla_walk import Walk, turn
+from ._xla_walk import Walk, laid_out, turn
 
 
 def supports(problem: Problem) -> str | None:
@@ -151,4 +150,4 @@ def _weigh(walk: Walk, s: Any, v: Any, masked: bool, p: Any) -> Any:
   dot = lambda p, v: walk.algebra.nn(p.astype(v.dtype), v)
   if not masked:
     return dot(p, v)
-  return softmax.weigh_masked(p, s, lax.optimization_barrier(v), dot)  # or it would be cut out once for each of its uses
+  return softmax.weigh_masked(p, s, laid_out(v), dot)  # or it would be cut out once for each of its uses

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import schedule
 
 from ._linear import linear_map
-from ._xla_walk import Chunk, Walk
+from ._xla_walk import Chunk, Walk, laid_out
 
 
 class Parts(NamedTuple):
@@ -122,7 +121,7 @@ def _run(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.RowVisits, grad
 
   def rows_at(chunk, i):
     rows = [walk.rows(x, chunk, i) for x in inputs.rows]
-    return rows + [lax.optimization_barrier(x) for x in prepare(rows)]
+    return rows + [laid_out(x) for x in prepare(rows)]
 
   def cut_at(chunk, i, j, rows):
     return Parts(rows, [walk.columns(x, chunk, j) for x in inputs.columns], [walk.leaf(x, chunk, i, j) for x in inputs.leaves])

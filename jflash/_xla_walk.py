@@ -84,7 +84,8 @@ class Walk:
 
   def along_columns(self, x: Any) -> Any:
     """`[B, S, K, width]` as it is cut into columns."""
-    return self._seen(self.fill(x, 1))
+    x = self._seen(self.fill(x, 1))
+    return laid_out(x) if self.heads_first else x
 
   def keys(self, x: Any) -> Any:
     """What `along_columns` gives as `[B, S, K, width]`."""
@@ -146,7 +147,7 @@ class Walk:
     (batch, heads), size = self.plan.chunk, self.plan.tiles[0]
     start = _start(chunk.batch, i * size, chunk.kv_head * self.groups, 0)
     x = self._cut(x, start, (batch, size, heads * self.groups, x.shape[-1]))
-    return self._widen(x.reshape(batch, size, heads, self.groups, -1).transpose(0, 2, 3, 1, 4))
+    return self._widen(laid_out(x.reshape(batch, size, heads, self.groups, -1).transpose(0, 2, 3, 1, 4)))
 
   def columns(self, x: Any, chunk: Chunk, j: Any) -> Any:
     """Key tile j of what `along_columns` gives, `[Bc, Kc, columns, H]`."""
@@ -233,6 +234,11 @@ def _take(table: Any, index: Any) -> Any:
 def turn(x: Any) -> Any:
   """`[Bc, Kc, G, rows, H]` as `[Bc, Kc, H, G · rows]`, for `Walk.tn`."""
   return x.reshape(*x.shape[:2], -1, x.shape[-1]).swapaxes(-1, -2)
+
+
+def laid_out(x: Any) -> Any:
+  """`[..., m, n]` in memory as it is here, in one step; of what is only transposed XLA's CPU compiler of JAX 0.12 makes two copies."""
+  return lax.optimization_barrier(x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
 
 
 def _stack(x: Any) -> Any:
