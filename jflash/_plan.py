@@ -177,7 +177,7 @@ def _xla_step(problem: Problem, tiles: tuple[int, int]) -> int:
 def _even(length: int, side: int) -> int:
   """At most `side`, such that as many tiles end soon after `length`: 384 are two of 192, and not one and a half of 256."""
   tiles = math.ceil(length / side)
-  return min(side, 32 * math.ceil(length / (32 * tiles)))
+  return min(side, 16 * math.ceil(length / (16 * tiles)))
 
 
 def _few_queries(problem: Problem) -> bool:

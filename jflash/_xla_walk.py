@@ -237,7 +237,7 @@ def turn(x: Any) -> Any:
 
 
 def laid_out(x: Any) -> Any:
-  """`[..., m, n]` in memory as it is here, in one step; of what is only transposed XLA's CPU compiler of JAX 0.12 makes two copies."""
+  """`[..., m, n]` in memory as it is here: what is only transposed XLA's CPU compiler of JAX 0.12 copies twice, and this once."""
   return lax.optimization_barrier(x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
 
 

@@ -37,10 +37,10 @@ def test_a_walk_that_needs_no_loop_has_none():
 
 @pytest.mark.parametrize("length", [300, 513, 700, 1000, 1100, 5000])
 def test_tiles_divide_a_length_evenly(length):
-  """Less than 32 rows or columns a tile are computed for nothing."""
+  """Less than 16 rows or columns a tile are computed for nothing."""
   for side in settled(length, is_causal=True).tiles:
     tiles = -(-length // side)
-    assert side <= 512 and tiles * side - length < 32 * tiles
+    assert side <= 512 and tiles * side - length < 16 * tiles
 
 
 def test_bfloat16_keys_are_cut_up_and_not_copied():
