@@ -102,7 +102,9 @@ def cotangent(problem: Problem, plan: Plan, schedule: WalkSchedule, out: Any, ls
   def tile(place, masked, tiles):
     q, dout, lse, delta, turned_q, turned_dout = tiles.rows
     k, v = tiles.columns
-    q, turned_q, k, v = (softmax.finite(x) if masked else x for x in (q, turned_q, k, v))
+    if masked:
+      q, turned_q, v = (softmax.finite(x) for x in (q, turned_q, v))
+      k = laid_out(softmax.finite(k))  # which is used twice
     moving = lambda qk, some: _scores(walk, place, masked, qk, _put(tiles.leaves, wanted, some))
     s, pull = jax.vjp(moving, walk.product.scores(walk.algebra, q, k), [x for w, x in zip(wanted, tiles.leaves) if w])
     p = softmax.probabilities(_rounded(s), lse)

@@ -93,7 +93,7 @@ class Walk:
 
   def summed_columns(self, x: Any) -> Any:
     """What `add_columns` has summed, as `along_columns` has it."""
-    return self._seen(x.transpose(0, 3, 1, 2))
+    return laid_out(self._seen(x.transpose(0, 3, 1, 2)))
 
   def _seen(self, x: Any) -> Any:
     return x.swapaxes(1, 2) if self.heads_first else x
