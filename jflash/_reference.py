@@ -48,11 +48,16 @@ def attention(query, key, value, bias=None, keep=None, *, scale=None, logits_sof
     logits = score_mod(logits, batches, heads, rows, columns, *(jnp.asarray(x) for x in score_operands))
   if logits_soft_cap is not None:
     logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+  return _weigh(logits, keep, v, sinks, factors)
 
+
+def _weigh(logits, keep, v, sinks, factors):
+  """`(out [B, T, N, E], lse [B, T, N])` of logits and `keep`, both `[B, N, T, S]`, and values `[B, S, N, E]`."""
+  b, n, t, s = logits.shape
   # A masked logit takes no part in anything, so the row maximum and the sums run over the kept ones alone.
   logits = jnp.where(keep, logits, -jnp.inf)
   if sinks is not None:
-    sink = jnp.broadcast_to(jnp.asarray(sinks, dtype)[None, :, None, None], (b, n, t, 1))
+    sink = jnp.broadcast_to(jnp.asarray(sinks, v.dtype)[None, :, None, None], (b, n, t, 1))
     logits, keep = jnp.concatenate([logits, sink], -1), jnp.concatenate([keep, jnp.ones((b, n, t, 1), bool)], -1)
   empty = ~jnp.any(keep, axis=-1)
   top = jnp.where(empty, 0.0, jnp.max(logits, axis=-1))
@@ -61,6 +66,6 @@ def attention(query, key, value, bias=None, keep=None, *, scale=None, logits_sof
   lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
   weights = weights[..., :s] / total[..., None]
   if factors is not None:
-    weights = weights * jnp.asarray(factors, dtype)
+    weights = weights * jnp.asarray(factors, v.dtype)
   out = jnp.einsum("bnts,bsne->btne", weights, v, precision=jax.lax.Precision.HIGHEST)
   return out, lse.transpose(0, 2, 1)
