@@ -162,8 +162,9 @@ def _xla_sides(problem: Problem) -> tuple[int, int]:
   """Rows and columns of a tile on CPUs, as measured (docs/design.md, "Plain JAX on CPUs")."""
   if problem.product is products.Distance:  # n = 16,384, d = 2 takes an eighth less in 1024 x 1024 than in 512 x 512
     return 1024, 1024
-  if _few_queries(problem):  # the keys are read once, and how fast is all that counts
-    return problem.queries, 1024
+  if _few_queries(problem):  # the keys are read once, and how fast is all that counts: filling them up to whole tiles copies them
+    whole = _divisor(problem.keys, 1024)
+    return problem.queries, whole if whole >= 256 else _even(problem.keys, 1024)
   if (OLD_XLA or problem.logits.mask is None) and max(problem.queries, problem.keys) <= 512:
     return 512, 512
   return _even(problem.queries, 512 if OLD_XLA else 256), _even(problem.keys, 256)
@@ -408,4 +409,4 @@ def _blocks(problem: Problem, *sides: int) -> tuple[int, int]:
 
 def _divisor(n: int, limit: int) -> int:
   """The greatest divisor of n that is at most `limit`, and at least 1."""
-  return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(limit, 1))
+  return next(d for d in range(min(n, max(limit, 1)), 0, -1) if n % d == 0)
