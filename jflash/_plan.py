@@ -165,9 +165,14 @@ def _xla_sides(problem: Problem) -> tuple[int, int]:
   if _few_queries(problem):  # the keys are read once, and how fast is all that counts: filling them up to whole tiles copies them
     whole = _divisor(problem.keys, 1024)
     return problem.queries, whole if whole >= 256 else _even(problem.keys, 1024)
-  if (OLD_XLA or problem.logits.mask is None) and max(problem.queries, problem.keys) <= 512:
-    return 512, 512
-  return _even(problem.queries, 512 if OLD_XLA else 256), _even(problem.keys, 256)
+  queries, keys, groups, masked = problem.queries, problem.keys, problem.groups, problem.logits.mask is not None
+  if not masked:  # small tiles would leave nothing out
+    one = max(queries, keys) <= 512 or queries * keys * groups <= 1280**2
+    return (queries, keys) if one else (_near(queries, max(256, 1024 // groups)), _near(keys, 512))
+  if not OLD_XLA:
+    return _even(queries, 256), _even(keys, 256)
+  rows = _near(queries, 512)  # its products for less than 2^17 scores stay on one core
+  return rows, 256 if rows >= 512 and keys % 256 == 0 or groups > 4 else _near(keys, 512)
 
 
 def _xla_step(problem: Problem, tiles: tuple[int, int]) -> int:
@@ -179,6 +184,11 @@ def _even(length: int, side: int) -> int:
   """At most `side`, such that as many tiles end soon after `length`: 384 are two of 192, and not one and a half of 256."""
   tiles = math.ceil(length / side)
   return min(side, 16 * math.ceil(length / (16 * tiles)))
+
+
+def _near(length: int, side: int) -> int:
+  """As near to `side` as equal tiles get: 700 are one, and 850 two of 425, with a side of 512."""
+  return math.ceil(length / max(1, round(length / side)))
 
 
 def _few_queries(problem: Problem) -> bool:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import softmax
+from pallas_kernels import products, softmax
 
 from ._plan import Plan, WalkSchedule
 from ._problem import Problem
@@ -32,7 +32,7 @@ def forward(problem: Problem, plan: Plan, schedule: WalkSchedule) -> tuple[Any, 
   """`(out [B, T, N, E], lse [B, T, N])`."""
   unit, logits = problem.logits.in_units()
   problem = dataclasses.replace(problem, logits=logits)
-  walk, weight = Walk(problem, plan), softmax.powers(unit)
+  walk, weight, hides = Walk(problem, plan), softmax.powers(unit), _hides(problem)
   all_q, all_k, all_v, all_leaves = walk.arrays(problem)
   state = softmax.start((*plan.chunk, walk.groups, plan.tiles[0]), problem.value_width, walk.dtype)
 
@@ -45,7 +45,7 @@ def forward(problem: Problem, plan: Plan, schedule: WalkSchedule) -> tuple[Any, 
       def compute(state):
         s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked, differentiated=False)
         s = s if logits.plain else _rounded(s)
-        weigh = lambda p: _weigh(walk, s, v, masked, walk.drop(leaves, p))
+        weigh = lambda p: _weigh(walk, s, v, masked and hides, walk.drop(leaves, p))
         return softmax.accumulate(state, s, weigh, weight=weight)
 
       return walk.apart(j, compute, lambda state: state, state)
@@ -67,19 +67,19 @@ def tangent(problem: Problem, plan: Plan, schedule: WalkSchedule, out: Any, lse:
   """
   walk = Walk(problem, plan)
   (q, k, v, leaves), (dq, dk, dv, dleaves) = walk.arrays(problem), walk.arrays(dproblem)
-  moving = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+  moving, hides = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves], _hides(problem)
 
   def tile(place, masked, tiles):
     q, dq, lse = tiles.rows
     k, v, dk, dv = tiles.columns
     leaves, moved = tiles.leaves[:len(moving)], iter(tiles.leaves[len(moving):])
     moves = [next(moved) if m else np.zeros(x.shape, jax.dtypes.float0) for m, x in zip(moving, leaves)]
-    q, dq, k, dk = (softmax.finite(x) if masked else x for x in (q, dq, k, dk))
+    q, dq, k, dk = (softmax.finite(x) if masked and hides else x for x in (q, dq, k, dk))
     s, ds = jax.jvp(functools.partial(_scores, walk, place, masked), (walk.product.scores(walk.algebra, q, k), leaves),
                     (walk.product.tangent(walk.algebra, q, k, dq, dk), moves))
     p = softmax.probabilities(_rounded(s), lse)
     pds = p * jnp.where(s == -jnp.inf, 0, ds)
-    weigh = lambda v, p: _weigh(walk, s, v, masked, walk.drop(leaves, p))
+    weigh = lambda v, p: _weigh(walk, s, v, masked and hides, walk.drop(leaves, p))
     return Parts([weigh(v, pds) + weigh(dv, p), pds.sum(-1, keepdims=True)], [], [])
 
   rows = [q, dq, walk.fill(lse[..., None], 0, value=-softmax.INF)]
@@ -98,34 +98,41 @@ def cotangent(problem: Problem, plan: Plan, schedule: WalkSchedule, out: Any, ls
   walk = Walk(problem, plan)
   q, k, v, leaves = walk.arrays(problem)
   dout, delta = softmax.row_cotangents(out, lse, dout, dlse)
+  hides = _hides(problem)
 
   def tile(place, masked, tiles):
     q, dout, lse, delta, turned_q, turned_dout = tiles.rows
     k, v = tiles.columns
-    if masked:
-      q, turned_q, v = (softmax.finite(x) for x in (q, turned_q, v))
-      k = laid_out(softmax.finite(k))  # which is used twice
+    algebra, guard = walk.algebra, masked and hides
+    if guard:  # of what is hidden nothing is used, and its derivatives must not be 0 · NaN
+      algebra = algebra._replace(nt=softmax.guarded(algebra.nt))
+      q, k = (q, k) if walk.product is products.Dot else (softmax.finite(q), softmax.finite(k))
     moving = lambda qk, some: _scores(walk, place, masked, qk, _put(tiles.leaves, wanted, some))
-    s, pull = jax.vjp(moving, walk.product.scores(walk.algebra, q, k), [x for w, x in zip(wanted, tiles.leaves) if w])
-    p = softmax.probabilities(_rounded(s), lse)
-    ds = softmax.dscores(p, walk.drop(tiles.leaves, walk.algebra.nt(dout, v)), delta)
-    if masked:  # a row that sees a NaN has an lse of NaN, which is not for keys that it does not see
-      p, ds = (jnp.where(s == -jnp.inf, 0, x) for x in (p, ds))
+    s, pull = jax.vjp(moving, walk.product.scores(algebra, q, k), [x for w, x in zip(wanted, tiles.leaves) if w])
+    # A row that sees a NaN has an lse of NaN, which is not for keys that it does not see.
+    seen = lambda x: jnp.where(s == -jnp.inf, 0, x) if masked else x
+    p = seen(softmax.probabilities(_rounded(s), lse))
+    ds = seen(softmax.dscores(p, seen(walk.drop(tiles.leaves, algebra.nt(dout, v))), delta))
     dqk, dleaves = pull(ds)
-    by_key = walk.algebra._replace(tn=lambda s, _: walk.tn(s, turned_q))
-    return Parts([walk.product.dq(walk.algebra, dqk, q, k, masked)],
-                 [walk.product.dk(by_key, dqk, q, k, masked),
+    by_key = algebra._replace(tn=lambda s, _: walk.tn(s, turned_q))
+    return Parts([walk.product.dq(algebra, dqk, q, k, guard)],
+                 [walk.product.dk(by_key, dqk, q, k, guard),
                   walk.tn(walk.drop(tiles.leaves, p).astype(q.dtype), turned_dout)], dleaves)
 
   # Rows past the end saw nothing: P is 0 whatever their scores.
   rows = [q, walk.fill(dout, 0), walk.fill(lse[..., None], 0, value=-softmax.INF), walk.fill(delta[..., None], 0)]
   numbers = tuple(n for n, w in enumerate(wanted) if w)
   (dq,), (dk, dv), dleaves = tile_sum(walk, tile, Parts(rows, [k, v], leaves), schedule.rows, numbers, (q.dtype,),
-                                      lambda rows: [turn(rows[0]), turn(rows[1])])
+                                      lambda rows: [turn(softmax.finite(rows[0]) if hides else rows[0]), turn(rows[1])])
   cut = lambda x, like: x[tuple(slice(n) for n in like.shape)].astype(like.dtype)
   given = jax.tree.leaves(problem.logits)
   return (dq[:, :problem.queries], walk.keys(dk).astype(problem.k.dtype), walk.keys(dv).astype(problem.v.dtype),
           [cut(x, given[n]) for n, x in zip(numbers, dleaves)])
+
+
+def _hides(problem: Problem) -> bool:
+  """Whether a masked tile hides keys from queries, and is not just one at the ragged end, past which there are zeros."""
+  return problem.logits.mask is not None
 
 
 def _rounded(s: Any) -> Any:
@@ -147,9 +154,9 @@ def _put(values: list[Any], which: tuple[bool, ...], new: list[Any]) -> list[Any
   return [next(rest) if w else x for x, w in zip(values, which)]
 
 
-def _weigh(walk: Walk, s: Any, v: Any, masked: bool, p: Any) -> Any:
-  """p V, safe against values that are not finite where the mask hides them."""
+def _weigh(walk: Walk, s: Any, v: Any, guard: bool, p: Any) -> Any:
+  """p V, with `guard` safe against values that are not finite where the mask hides them."""
   dot = lambda p, v: walk.algebra.nn(p.astype(v.dtype), v)
-  if not masked:
+  if not guard:
     return dot(p, v)
   return softmax.weigh_masked(p, s, laid_out(v), dot)  # or it would be cut out once for each of its uses

@@ -126,6 +126,20 @@ def finite(x: Any) -> Any:
   return jnp.where(jnp.isfinite(x.astype(jnp.float32)), x, jnp.zeros_like(x))
 
 
+def guarded(dot: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+  """`dot`, of which elements that are not finite may be thrown away: its derivatives count what is not finite as 0."""
+  @jax.custom_jvp
+  def product(a, b):
+    return dot(a, b)
+
+  @product.defjvp
+  def _(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    return product(a, b), product(da, finite(b)) + product(finite(a), db)
+
+  return product
+
+
 def count_not_finite(x: Any) -> Any:
   """Counted, because a maximum may lose a NaN: XLA's CPU compiler (JAX 0.10 to 0.12) does so when it reduces several axes."""
   return jnp.sum(jnp.where(jnp.abs(x.astype(jnp.float32)) < INF, 0.0, 1.0))
