@@ -1,4 +1,4 @@
-"""What attention costs on a CPU besides the plain case: terms of the scores, windows, blocks, decoding, a GPT's step.
+"""What attention costs on a CPU: uneven lengths, terms of the scores, windows, blocks, decoding, a GPT's step.
 
     python -m benchmarks.cpu
 
@@ -95,6 +95,17 @@ def slower(time: Times, base: Times) -> float:
   return 1 / time.speedup(base)
 
 
+def shapes(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row]:
+  """Short and uneven lengths, causal or not, of two widths, beside `jax.nn`."""
+  for t in args.uneven:
+    for width in (64, 128):
+      for causal in (False, True):
+        inputs = draw(dtype, *[(1, t, HEADS, width)] * 4)
+        calls = {"jax.nn": attend(backward, *inputs, function=jax.nn.dot_product_attention, is_causal=causal),
+                 f"T {t}, width {width}{', causal' * causal}": attend(backward, *inputs, is_causal=causal)}
+        yield from taken(args, calls, "× beside", ">= 1", PASSES[backward], dtype, faster)
+
+
 def terms(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row]:
   """Each term of the scores beside plain causal attention."""
   t = args.length
@@ -166,13 +177,14 @@ def training(args: argparse.Namespace) -> Iterator[Row]:
   yield from taken(args, calls, "× beside", ">= 1.5", PASSES[1], "float32", faster)
 
 
-BY_DTYPE = {"terms": terms, "sparse": sparse}
+BY_DTYPE = {"shapes": shapes, "terms": terms, "sparse": sparse}
 OTHERS = {"decoding": decoding, "training": training}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser = options.parser(__doc__, "cpu")
   parser.set_defaults(out=pathlib.Path("benchmarks/results/cpu"))
+  parser.add_argument("--uneven", type=options.integers, default=[128, 197, 300, 577, 1000, 1500], help="T of shapes")
   parser.add_argument("--length", type=int, default=2048, help="T where terms of the scores are compared")
   parser.add_argument("--long", type=int, default=16384, help="T of windows and blocks")
   parser.add_argument("--dtype", type=options.words, default=["float32", "bfloat16"], help="with commas between")
