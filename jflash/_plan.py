@@ -172,7 +172,8 @@ def _xla_sides(problem: Problem) -> tuple[int, int]:
   if not OLD_XLA:
     return _even(queries, 256), _even(keys, 256)
   rows = _near(queries, 512)  # its products for less than 2^17 scores stay on one core
-  return rows, 256 if rows >= 512 and keys % 256 == 0 or groups > 4 else _near(keys, 512)
+  narrow = rows >= 512 and keys % 256 == 0 or groups > 4 and keys > 512
+  return rows, _even(keys, 256) if narrow else _near(keys, 512)
 
 
 def _xla_step(problem: Problem, tiles: tuple[int, int]) -> int:
