@@ -87,21 +87,24 @@ def attention(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = No
                          logits_soft_cap=logits_soft_cap, alibi_slopes=alibi_slopes, score_mod=score_mod,
                          score_operands=score_operands, dropout_rate=dropout_rate, dropout_key=dropout_key,
                          batch_ids=batch_ids, head_ids=head_ids)
-  out, lse = compute(problem, sinks, implementation, tiles)
+  out, lse = compute(problem, sinks, implementation, tiles, return_residual)
   if jnp.ndim(query) == 3:
     out, lse = out[0], lse[0]
   return (out, lse) if return_residual else out
 
 
-def compute(problem: Problem, sinks: Any, implementation: str | None, tiles: Any = None) -> tuple[Any, Any]:
-  """`(out [B, T, N, E], lse [B, T, N])` by the backend that is named or chosen."""
+def compute(problem: Problem, sinks: Any, implementation: str | None, tiles: Any, with_lse: bool) -> tuple[Any, Any]:
+  """`(out [B, T, N, E], lse [B, T, N])` by the backend that is named or chosen; without `with_lse` lse may be anything."""
   if sinks is not None:
     sinks = _check.sinks(sinks, problem.heads)
   with in_tiles(tiles):
     backend, _ = _backends.select(problem, implementation)
     plan = backend.plan(problem)
     visits = _plan.make_schedule(problem, plan)
-  out, lse = _autodiff.attend(backend.name, _plan.settle(plan, visits), problem, visits)
+    plan = _plan.settle(plan, visits)
+    if not with_lse and sinks is None:
+      plan = _plan.out_alone(problem, plan, visits)
+  out, lse = _autodiff.attend(backend.name, plan, problem, visits)
   if sinks is None:
     return out, lse
   # A key more for every row, whose value is 0.

@@ -8,6 +8,7 @@ is saved for the backward pass is q, k, v, out, lse and the logits' own arrays: 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -26,12 +27,16 @@ OUT_NAME, LSE_NAME = "jflash_out", "jflash_lse"  # for policies of `jax.checkpoi
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def attend(backend: str, plan: _plan.Plan, problem: Problem, schedule: _plan.Schedule) -> tuple[Any, Any]:
-  """`(out [B, T, N, E], lse [B, T, N])`, both differentiable in q, k, v and every float array of the logits."""
+  """`(out [B, T, N, E], lse [B, T, N])`, both differentiable in q, k, v and every float array of the logits.
+
+  With `plan.alone` lse is nothing that may be used, unless a derivative is taken.
+  """
   return _backends.get(backend).load().forward(problem, plan, schedule)
 
 
 def _attend_jvp(backend, plan, primals, tangents):
   problem, schedule = primals
+  plan = dataclasses.replace(plan, alone=None)
   out, lse = attend(backend, plan, problem, schedule)
   out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
   leaves, structure = jax.tree.flatten(problem)

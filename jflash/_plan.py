@@ -76,6 +76,8 @@ class Plan:
   walks: bool = False  # whether a pass walks from tile to tile in loops of its own, as "xla" does
   one_visit: bool = False  # whether there is one tile, and of one kind for all batch elements and heads
   as_bits: bool = False  # whether "xla" cuts tiles of bfloat16 out as integers
+  fuses: bool = False  # whether its softmax of rows that meet all keys at once is written for the compiler to make one call of
+  alone: Plan | None = None  # how it computes out, where nobody asks for lse or a derivative
 
 
 @contextlib.contextmanager
@@ -155,7 +157,45 @@ def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
   limit = most // max(tiles[0] * tiles[1] * problem.groups, tiles[1] * max(problem.width, problem.value_width) if on_cpu else 0)
   heads = _divisor(problem.kv_heads, limit) if lead[1] == 1 else 1
   batch = _divisor(problem.batch, limit // heads) if lead[0] == 1 and heads == problem.kv_heads else 1
-  return Plan(tiles, (batch, heads), on_cpu and problem.q.dtype == jnp.float16, False, walks=True, as_bits=on_cpu and OLD_XLA)
+  return Plan(tiles, (batch, heads), on_cpu and problem.q.dtype == jnp.float16, False, walks=True, as_bits=on_cpu and OLD_XLA,
+              fuses=on_cpu and not OLD_XLA and problem.product is products.Dot)
+
+
+def out_alone(problem: Problem, plan: Plan, visits: AnySchedule) -> Plan:
+  """The plan of a call that nobody asks for lse, or a derivative: all keys at once for some rows, where "xla" is faster so."""
+  rows = _rows_at_once(problem, visits.kinds) if plan.fuses and _forced_tiles.get() is None and not _few_queries(problem) else 0
+  if not rows:
+    return plan
+  masked = problem.logits.mask is not None
+  if masked:  # scores are in memory
+    limit = (1 << 20) // (rows * problem.keys * problem.groups)
+  else:
+    head = rows * problem.groups * max(problem.width, problem.value_width)
+    limit = max(3 << 17, min(problem.kv_heads * head, 1 << 20)) // head
+  heads = _divisor(problem.kv_heads, limit)
+  chunk = _divisor(problem.batch, limit // heads) if heads == problem.kv_heads else 1, heads
+  return dataclasses.replace(plan, alone=dataclasses.replace(
+      plan, tiles=(rows, problem.keys), chunk=chunk, kinds=(schedule.PARTIAL if masked else schedule.FULL,), one_visit=True))
+
+
+def every_row(problem: Problem, plan: Plan) -> schedule.RowVisits:
+  """The visits of `Plan.alone`: one for each tile of rows."""
+  return schedule.row_visits(np.full((1, 1, math.ceil(problem.queries / plan.tiles[0]), 1), plan.kinds[0]))
+
+
+def _rows_at_once(problem: Problem, kinds: Any) -> int:
+  """How many rows meet all their keys at once in such a call; 0: none. As measured (docs/design.md, "Plain JAX on CPUs")."""
+  queries, keys, groups, half = problem.queries, problem.keys, problem.groups, problem.q.dtype == jnp.bfloat16
+  if not problem.logits.plain:
+    return 0
+  if problem.logits.mask is not None:
+    skips = isinstance(kinds, np.ndarray) and np.mean(kinds != schedule.EMPTY) < 0.6
+    return queries if half and queries >= 256 and not skips and queries * keys * groups <= 640**2 else 0
+  if queries < 256 and not half:
+    return 0
+  if queries * keys * groups <= 1280**2:
+    return queries
+  return _near(queries, max(128, 512 // groups)) if keys <= (4096 if half else 2048) else 0
 
 
 def _xla_sides(problem: Problem) -> tuple[int, int]:
@@ -170,7 +210,8 @@ def _xla_sides(problem: Problem) -> tuple[int, int]:
     one = max(queries, keys) <= 512 or queries * keys * groups <= 1280**2
     return (queries, keys) if one else (_near(queries, max(256, 1024 // groups)), _near(keys, 512))
   if not OLD_XLA:
-    return _even(queries, 256), _even(keys, 256)
+    one = queries * keys * groups <= 360**2
+    return (queries, keys) if one else (_even(queries, 256), _even(keys, 256))
   rows = _near(queries, 512)  # its products for less than 2^17 scores stay on one core
   narrow = rows >= 512 and keys % 256 == 0 or groups > 4 and keys > 512
   return rows, _even(keys, 256) if narrow else _near(keys, 512)
@@ -178,7 +219,8 @@ def _xla_sides(problem: Problem) -> tuple[int, int]:
 
 def _xla_step(problem: Problem, tiles: tuple[int, int]) -> int:
   """Scores of a step on CPUs, as measured; where queries are few, of numbers of the keys."""
-  return 1 << 20 if tiles[0] * tiles[1] > 1 << 17 or _few_queries(problem) else 1 << 19
+  large = (tiles == (problem.queries, problem.keys) and tiles[0] > 256) or tiles[0] * tiles[1] > 1 << 17
+  return 1 << 20 if large or _few_queries(problem) else 1 << 19
 
 
 def _even(length: int, side: int) -> int:

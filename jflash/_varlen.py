@@ -67,7 +67,7 @@ def attention_varlen(query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seq
     if slopes.shape[0] > 1:
       slopes = jnp.asarray(slopes)[of_query.sequences, :, 0, 0].T[None, :, :, None]  # [1, N, total_q, 1]
     problem = dataclasses.replace(problem, logits=dataclasses.replace(problem.logits, alibi_slopes=slopes))
-  out, lse = _api.compute(problem, sinks, implementation, tiles)
+  out, lse = _api.compute(problem, sinks, implementation, tiles, return_residual)
   return (out[0], lse[0]) if return_residual else out[0]
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import products, softmax
+from pallas_kernels import products, schedule, softmax
 
-from ._plan import Plan, WalkSchedule
+from . import _xla_rows
+from ._plan import Plan, WalkSchedule, every_row
 from ._problem import Problem
 from ._xla_sum import Parts, Place, tile_sum
 from ._xla_walk import Walk, laid_out, turn
@@ -29,34 +31,65 @@ def supports(problem: Problem) -> str | None:
 
 @functools.partial(jax.jit, static_argnames="plan")
 def forward(problem: Problem, plan: Plan, schedule: WalkSchedule) -> tuple[Any, Any]:
-  """`(out [B, T, N, E], lse [B, T, N])`."""
+  """`(out [B, T, N, E], lse [B, T, N])`; with `plan.alone` lse is 0, as nobody asked for it."""
+  if plan.alone is not None:
+    return _forward(problem, plan.alone, every_row(problem, plan.alone), False)[0], jnp.zeros(problem.q.shape[:3], problem.dtype)
+  out, lse = _forward(problem, plan, schedule.rows, True)
+  return out, lse[..., 0]
+
+
+def _forward(problem: Problem, plan: Plan, visits: schedule.RowVisits, with_lse: bool) -> list[Any]:
+  """`[out [B, T, N, E], lse [B, T, N, 1]]`, or out alone."""
   unit, logits = problem.logits.in_units()
   problem = dataclasses.replace(problem, logits=logits)
-  walk, weight, hides = Walk(problem, plan), softmax.powers(unit), _hides(problem)
+  walk, hides = Walk(problem, plan), _hides(problem)
   all_q, all_k, all_v, all_leaves = walk.arrays(problem)
-  state = softmax.start((*plan.chunk, walk.groups, plan.tiles[0]), problem.value_width, walk.dtype)
+  start = softmax.start((*plan.chunk, walk.groups, plan.tiles[0]), problem.value_width, walk.dtype)
 
   def each_row(chunk, i, buffers):
     q = walk.rows(all_q, chunk, i)
 
-    def visit(j, masked, state):
-      k, v, leaves = walk.columns(all_k, chunk, j), walk.columns(all_v, chunk, j), [walk.leaf(x, chunk, i, j) for x in all_leaves]
+    def cut(j):
+      return walk.columns(all_k, chunk, j), walk.columns(all_v, chunk, j), [walk.leaf(x, chunk, i, j) for x in all_leaves]
+
+    def scores(k, leaves, j, masked):
+      s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked, differentiated=False)
+      return s if logits.plain else _rounded(s)
+
+    def finished(state):
+      tiles = softmax.finish(state._replace(m=_rounded(unit * state.m)))
+      return [walk.put_rows(buffer, x, chunk, i) for buffer, x in zip(buffers, tiles)]
+
+    def online(j, masked, state):
+      k, v, leaves = cut(j)
 
       def compute(state):
-        s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked, differentiated=False)
-        s = s if logits.plain else _rounded(s)
+        s = scores(k, leaves, j, masked)
         weigh = lambda p: _weigh(walk, s, v, masked and hides, walk.drop(leaves, p))
-        return softmax.accumulate(state, s, weigh, weight=weight)
+        return softmax.accumulate(state, s, weigh, weight=softmax.powers(unit))
 
       return walk.apart(j, compute, lambda state: state, state)
 
-    end = walk.each_visit(chunk, i, visit, state)
-    tiles = softmax.finish(end._replace(m=_rounded(unit * end.m)))
-    return [walk.put_rows(buffer, x, chunk, i) for buffer, x in zip(buffers, tiles)]
+    def at_once(j, masked, _):
+      k, v, leaves = cut(j)
+      s = scores(k, leaves, j, masked)
+      if with_lse:
+        m, total, p = _xla_rows.state(s, unit)
+        end = lambda acc: finished(softmax.State(m, total, acc))
+      else:
+        s = jax.lax.optimization_barrier(s) if masked else s
+        end = lambda out: [walk.put_rows(buffers[0], out, chunk, i)]
+        again = lambda: walk.drop(leaves, _xla_rows.normalised(s, unit))
+        return _weigh(walk, s, v, masked and hides, again(), end, again)
+      return _weigh(walk, s, v, masked and hides, walk.drop(leaves, p), end)
 
-  buffers = [jnp.zeros((*all_q.shape[:3], problem.value_width), problem.v.dtype), jnp.zeros((*all_q.shape[:3], 1), walk.dtype)]
-  out, lse = (x[:, :problem.queries] for x in walk.each_row(schedule.rows, each_row, buffers))
-  return out, lse[..., 0]
+    if plan.fuses and plan.one_visit:
+      return walk.each_visit(chunk, i, at_once, None)
+    return finished(walk.each_visit(chunk, i, online, start))
+
+  buffers = [jnp.zeros((*all_q.shape[:3], width), dtype) for width, dtype in (
+      (problem.value_width, problem.v.dtype), (1, walk.dtype))[:2 if with_lse else 1]]
+  return [x[:, :problem.queries] for x in walk.each_row(visits, each_row, buffers)]
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -154,9 +187,10 @@ def _put(values: list[Any], which: tuple[bool, ...], new: list[Any]) -> list[Any
   return [next(rest) if w else x for x, w in zip(values, which)]
 
 
-def _weigh(walk: Walk, s: Any, v: Any, guard: bool, p: Any) -> Any:
-  """p V, with `guard` safe against values that are not finite where the mask hides them."""
+def _weigh(walk: Walk, s: Any, v: Any, guard: bool, p: Any, end: Callable[[Any], Any] = lambda out: out,
+           again: Callable[[], Any] | None = None) -> Any:
+  """`end(p V)`, with `guard` safe against values that are not finite where the mask hides them."""
   dot = lambda p, v: walk.algebra.nn(p.astype(v.dtype), v)
   if not guard:
-    return dot(p, v)
-  return softmax.weigh_masked(p, s, laid_out(v), dot)  # or it would be cut out once for each of its uses
+    return end(dot(p, v))
+  return softmax.weigh_masked(p, s, laid_out(v), dot, end, again)  # or it would be cut out once for each of its uses

@@ -116,8 +116,8 @@ def dscores(p: Any, dp: Any, delta: Any) -> Any:
 def row_cotangents(out: Any, lse: Any, dout: Any, dlse: Any) -> tuple[Any, Any]:
   """(dout, δ) for `dscores`: δ = rowsum(dO ∘ O) - dlse, `[...]`, and both 0 for rows that saw nothing, whatever arrives."""
   dead = lse == -INF
-  dout = jnp.where(dead[..., None], jnp.zeros_like(dout), dout)
   products = dout.astype(lse.dtype) * out.astype(lse.dtype)
+  dout = jnp.where(dead[..., None], jnp.zeros_like(dout), dout)
   return dout, jnp.where(dead, 0.0, jnp.sum(products, axis=-1) - dlse)
 
 
@@ -145,20 +145,21 @@ def count_not_finite(x: Any) -> Any:
   return jnp.sum(jnp.where(jnp.abs(x.astype(jnp.float32)) < INF, 0.0, 1.0))
 
 
-def weigh_masked(p: Any, s: Any, v: Any, dot: Callable[[Any, Any], Any]) -> Any:
-  """p V where a key that a row does not see (s = -inf) must not touch it, even if its value is inf or NaN.
+def weigh_masked(p: Any, s: Any, v: Any, dot: Callable[[Any, Any], Any], end: Callable[[Any], Any] = lambda out: out,
+                 again: Callable[[], Any] | None = None) -> Any:
+  """`end(p V)` where a key that a row does not see (s = -inf) must not touch it, even if its value is inf or NaN.
 
-  Finite values are the rule. Otherwise what is not finite is summed apart, over the keys each row does see: NaN as inf - inf.
+  `end` is within the branch, whose result is copied otherwise, and so is p if `again` computes it. Finite values are the rule. Otherwise what is not finite is summed apart, over the keys each row does see: NaN as inf - inf.
   """
   def add_what_is_not_finite(_):
-    out = dot(p, finite(v))
-    seen = (s != -INF).astype(p.dtype)
+    out = dot(again() if again else p, finite(v))
+    seen = (s != -INF).astype(s.dtype)
     wide = v.astype(jnp.float32)
     for inside, what in ((wide < INF, INF), (wide > -INF, -INF)):
       touched = dot(seen, jnp.where(inside, 0.0, 1.0).astype(v.dtype)) > 0
       out = out + jnp.where(touched, what, 0.0).astype(out.dtype)
-    return out
+    return end(out)
 
   out = dot(p, v)
   total = jnp.sum(out.astype(jnp.float32))  # finite ones that overflow only take the longer way
-  return jax.lax.cond(jnp.abs(total) < INF, lambda out: out, add_what_is_not_finite, out)
+  return jax.lax.cond(jnp.abs(total) < INF, end, add_what_is_not_finite, out)

@@ -1,0 +1,39 @@
+"""Rows that meet all of their keys in one tile, in plain JAX: a softmax without the online statistics.
+
+It is written as XLA's CPU compiler, from JAX 0.11 on, makes one library call of it: that grows around a reduction, over what each has
+one use for and is not small. So a maximum that is used twice is computed twice, of scores that an optimization barrier tells apart;
+and rows that see nothing are taken care of by where reductions start, as a `where` on row statistics would end the call there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import softmax
+
+
+def normalised(s: Any, unit: float) -> Any:
+  """exp(unit · s) over its sum by row, 0 for rows that see nothing; nothing is left to compute lse from."""
+  p = softmax.powers(unit)(s, _highest(s))
+  return p / _reduced(p, jnp.finfo(p.dtype).tiny, lax.add)  # where a row sees something, the sum is 1 and more
+
+
+def state(s: Any, unit: float) -> tuple[Any, Any, Any]:
+  """(m, total, p) of the scores, as `softmax.advance` gives them to rows that have seen nothing before."""
+  apart, s = lax.optimization_barrier((s, s))
+  p = softmax.powers(unit)(s, _highest(s))
+  total = jnp.sum(p, axis=-1, keepdims=True)
+  return jnp.where(total == 0, -softmax.INF, _highest(apart)), total, p
+
+
+def _highest(s: Any) -> Any:
+  return _reduced(s, jnp.finfo(s.dtype).min, lax.max)
+
+
+def _reduced(x: Any, start: Any, by: Any) -> Any:
+  """`[..., rows, columns]` -> `[..., rows, 1]`."""
+  return lax.reduce(x, np.asarray(start, x.dtype), by, (x.ndim - 1,))[..., None]
