@@ -1,17 +1,20 @@
-"""What attention costs on a CPU: uneven lengths, terms of the scores, windows, blocks, decoding, a GPT's step.
+"""What attention costs on a CPU, beside what was set out to be reached: lengths, terms of the scores, windows, blocks, decoding, a
+GPT's step, time to compile.
 
     python -m benchmarks.cpu
 
 Every case takes turns with what it is compared with. Writes one table, `benchmarks/results/cpu.md`, or where `--out` says.
-`benchmarks.attention` has plain attention against T, beside `jax.nn` and PyTorch.
+PyTorch is compared with where it is installed. `benchmarks.attention` has the memory, and plots against T.
 """
 
 import argparse
 import dataclasses
 import functools
 import importlib.util
+import operator
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,14 +27,14 @@ import jflash
 from jflash import masks
 
 from . import machine, options, report
-from .attention import PASSES, with_backward
+from .attention import PASSES, Shape, torch_attention, with_backward
 from .timing import Times, interleave
 
 LEGEND = """\
 ms: median over the rounds, in which the case and what it is beside took turns; ±%: half the distance between the quartiles.
 ratio: the median of each round's; × beside: how many times faster than that, ÷ beside: how many times as long; ÷ share: that,
 divided by the share of blocks that are kept; of copying: bytes of keys and values a second as a share of NumPy's copying, read and
-written. goal: what was set out to be reached.
+written. goal: what was set out to be reached, and * where it was not.
 """
 HEADS, WIDTH = 8, 64
 
@@ -43,13 +46,21 @@ class Row(report.Row):
   beside: str
   kind: str
   ratio: float | None = None
-  goal: str = ""
+  goal: str = ""  # a comparison and a number
+
+  @property
+  def missed(self) -> bool:
+    if self.ratio is None:
+      return False
+    how, number = self.goal.split()
+    return not {">=": operator.ge, ">": operator.gt, "<=": operator.le}[how](round(self.ratio, 2), float(number))
 
   def key(self) -> dict[str, str]:
     return {"case": self.name, "pass": self.direction, "dtype": self.dtype, "beside": self.beside}
 
   def values(self) -> dict[str, str]:
-    return {**self.time_cells(), "ratio": report.text(self.ratio, ".2f"), "is": self.kind, "goal": self.goal, **self.round_cells()}
+    return {**self.time_cells(), "ratio": report.text(self.ratio, ".2f"), "is": self.kind, "goal": self.goal + " *" * self.missed,
+            **self.round_cells()}
 
 
 Call = Callable[[], Any]
@@ -104,6 +115,38 @@ def shapes(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row
         calls = {"jax.nn": attend(backward, *inputs, function=jax.nn.dot_product_attention, is_causal=causal),
                  f"T {t}, width {width}{', causal' * causal}": attend(backward, *inputs, is_causal=causal)}
         yield from taken(args, calls, "× beside", ">= 1", PASSES[backward], dtype, faster)
+
+
+def causal(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row]:
+  """Causal attention of one width against T, beside `jax.nn` and PyTorch."""
+  for t in args.lengths:
+    shape = Shape(batch=1, length=t, heads=HEADS, kv_heads=HEADS, width=WIDTH, causal=True, window=None)
+    inputs = shape.inputs(dtype, backward)
+    ours = {f"T {t}, causal": attend(backward, *inputs, is_causal=True)}
+    goal = f">= {4.5 if backward else 4}" if t in (2048, 4096) else ">= 1"
+    theirs = {"jax.nn": attend(backward, *inputs, function=jax.nn.dot_product_attention, is_causal=True)}
+    yield from taken(args, theirs | ours, "× beside", goal, PASSES[backward], dtype, faster)
+    if importlib.util.find_spec("torch") and t >= 1024:
+      yield from taken(args, {"PyTorch": torch_attention(shape, dtype, backward)} | ours, "× beside", ">= 1", PASSES[backward],
+                       dtype, faster)
+
+
+def compiling(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row]:
+  """From a call to the compiled program, tracing included."""
+  for t in (args.lengths[0], args.lengths[-1]):
+    inputs = [jax.ShapeDtypeStruct((1, t, HEADS, WIDTH), dtype)] * (4 if backward else 3)
+
+    def seconds(function, inputs=inputs):
+      jax.clear_caches()
+      forward = lambda q, k, v: function(q, k, v, is_causal=True)
+      start = time.perf_counter()
+      jax.jit(with_backward(forward) if backward else forward).lower(*inputs).compile()
+      return time.perf_counter() - start
+
+    rounds = [(seconds(jax.nn.dot_product_attention), seconds(jflash.attention)) for _ in range(args.repeats + 1)][1:]
+    base, ours = (Times(tuple(x)) for x in zip(*rounds))
+    yield Row(name=f"compiling, T {t}, causal", direction=PASSES[backward], dtype=dtype, beside="jax.nn", kind="÷ beside", goal="<= 3",
+              times=ours, ratio=slower(ours, base))
 
 
 def terms(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row]:
@@ -177,13 +220,14 @@ def training(args: argparse.Namespace) -> Iterator[Row]:
   yield from taken(args, calls, "× beside", ">= 1.5", PASSES[1], "float32", faster)
 
 
-BY_DTYPE = {"shapes": shapes, "terms": terms, "sparse": sparse}
+BY_DTYPE = {"causal": causal, "shapes": shapes, "terms": terms, "sparse": sparse, "compiling": compiling}
 OTHERS = {"decoding": decoding, "training": training}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser = options.parser(__doc__, "cpu")
   parser.set_defaults(out=pathlib.Path("benchmarks/results/cpu"))
+  parser.add_argument("--lengths", type=options.integers, default=[1024, 2048, 4096, 8192], help="T of causal, and of compiling")
   parser.add_argument("--uneven", type=options.integers, default=[128, 197, 300, 577, 1000, 1500], help="T of shapes")
   parser.add_argument("--length", type=int, default=2048, help="T where terms of the scores are compared")
   parser.add_argument("--long", type=int, default=16384, help="T of windows and blocks")

@@ -31,6 +31,7 @@ class Explanation:
     mask: everything that masks (mask, is_causal, window, lengths, segments) as one expression; None without any.
     tiles: (query rows, key columns) of a tile of the forward pass; None where a library chooses them, as cuDNN does.
     backward_tiles: the same of the backward pass; with "mosaic_gpu", of the kernel for dK and dV.
+    alone_tiles: the same of a forward pass whose lse or derivative nobody asks for, where "xla" has others for it.
     estimate: seconds that one core of the chip is taken to need, by pass: {"forward": ..., "backward": ...}, from the schedule that
       the compiler makes for its kernels and what they load. Empty where that is not known: other backends, chips or score terms.
     tile_count: tiles of all batch elements and query heads, skipped ones included; None likewise.
@@ -52,6 +53,7 @@ class Explanation:
   mask: str | None
   tiles: tuple[int, int] | None
   backward_tiles: tuple[int, int] | None
+  alone_tiles: tuple[int, int] | None
   estimate: dict[str, float]
   tile_count: int | None
   skipped: float | None
@@ -81,6 +83,8 @@ class Explanation:
     rows += [("tiles", shares), ("", self.decided)]
     if self.tiles is not None and self.backward_tiles not in (None, self.tiles):
       rows.append(("", f"of {self.backward_tiles[0]} x {self.backward_tiles[1]} backward"))  # type: ignore[index]
+    if self.alone_tiles:
+      rows.append(("", f"of {self.alone_tiles[0]} x {self.alone_tiles[1]} where no derivative is taken"))
     if self.estimate:
       times = ", ".join(f"{_seconds(x)} {name}" for name, x in self.estimate.items())
       rows.append(("estimate", f"{times}, on one core, by the compiler's schedule"))
@@ -148,6 +152,8 @@ def _explain_tiled(arguments: dict[str, Any]) -> Explanation:
   backend, passed_over = _backends.select(problem, arguments["implementation"])
   plan = backend.plan(problem)
   visits = jax.eval_shape(lambda: _plan.make_schedule(problem, plan))
+  with_lse = arguments["return_residual"] or arguments["sinks"] is not None
+  alone = None if with_lse else _plan.out_alone(problem, plan).alone
   kinds = _show.tile_kinds(problem, plan) if backend.tiled else None
   skipped, partial, full = (None if kinds is None else float(np.mean(kinds == kind))
                             for kind in (schedule.EMPTY, schedule.PARTIAL, schedule.FULL))
@@ -163,6 +169,7 @@ def _explain_tiled(arguments: dict[str, Any]) -> Explanation:
       backend=backend.name, passed_over=passed_over, interpreted=bool(plan.interpret), shapes=shapes,
       dtype=str(problem.q.dtype), mask=None if mask is None else repr(mask), tiles=plan.tiles if backend.tiled else None,
       backward_tiles=_backward_tiles(plan) if backend.tiled else None,
+      alone_tiles=alone.tiles if alone and alone.tiles != plan.tiles else None,
       estimate={name: x for name, (_, x) in _plan.tpu_estimates(problem).items()} if backend.name == "tpu" else {},
       tile_count=problem.batch * problem.heads * grid if backend.tiled else None, skipped=skipped, partial=partial, full=full,
       decided=_decided(problem) if backend.tiled else f"decided by {backend.name}", saved=saved,

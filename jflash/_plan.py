@@ -161,21 +161,21 @@ def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
               fuses=on_cpu and not OLD_XLA and problem.product is products.Dot)
 
 
-def out_alone(problem: Problem, plan: Plan, visits: AnySchedule) -> Plan:
+def out_alone(problem: Problem, plan: Plan) -> Plan:
   """The plan of a call that nobody asks for lse, or a derivative: all keys at once for some rows, where "xla" is faster so."""
-  rows = _rows_at_once(problem, visits.kinds) if plan.fuses and _forced_tiles.get() is None and not _few_queries(problem) else 0
+  if not plan.fuses or _forced_tiles.get() is not None or _few_queries(problem):
+    return plan
+  rows = _rows_at_once(problem, plan.one_visit)
   if not rows:
     return plan
-  masked = problem.logits.mask is not None
-  if masked:  # scores are in memory
-    limit = (1 << 20) // (rows * problem.keys * problem.groups)
-  else:
-    head = rows * problem.groups * max(problem.width, problem.value_width)
-    limit = max(3 << 17, min(problem.kv_heads * head, 1 << 20)) // head
+  if problem.logits.mask is not None:
+    return dataclasses.replace(plan, alone=plan)
+  head = rows * problem.groups * max(problem.width, problem.value_width)
+  limit = max(3 << 17, min(problem.kv_heads * head, 1 << 20)) // head
   heads = _divisor(problem.kv_heads, limit)
   chunk = _divisor(problem.batch, limit // heads) if heads == problem.kv_heads else 1, heads
   return dataclasses.replace(plan, alone=dataclasses.replace(
-      plan, tiles=(rows, problem.keys), chunk=chunk, kinds=(schedule.PARTIAL if masked else schedule.FULL,), one_visit=True))
+      plan, tiles=(rows, problem.keys), chunk=chunk, kinds=(schedule.FULL,), one_visit=True))
 
 
 def every_row(problem: Problem, plan: Plan) -> schedule.RowVisits:
@@ -183,19 +183,15 @@ def every_row(problem: Problem, plan: Plan) -> schedule.RowVisits:
   return schedule.row_visits(np.full((1, 1, math.ceil(problem.queries / plan.tiles[0]), 1), plan.kinds[0]))
 
 
-def _rows_at_once(problem: Problem, kinds: Any) -> int:
+def _rows_at_once(problem: Problem, one_tile: bool) -> int:
   """How many rows meet all their keys at once in such a call; 0: none. As measured (docs/design.md, "Plain JAX on CPUs")."""
-  queries, keys, groups, half = problem.queries, problem.keys, problem.groups, problem.q.dtype == jnp.bfloat16
-  if not problem.logits.plain:
+  queries, keys, half = problem.queries, problem.keys, problem.q.dtype == jnp.bfloat16
+  if not problem.logits.plain or (queries < 256 and not half) or keys > (4096 if half else 2048):
     return 0
-  if problem.logits.mask is not None:
-    skips = isinstance(kinds, np.ndarray) and np.mean(kinds != schedule.EMPTY) < 0.6
-    return queries if half and queries >= 256 and not skips and queries * keys * groups <= 640**2 else 0
-  if queries < 256 and not half:
-    return 0
-  if queries * keys * groups <= 1280**2:
-    return queries
-  return _near(queries, max(128, 512 // groups)) if keys <= (4096 if half else 2048) else 0
+  if problem.logits.mask is not None:  # then scores are in memory
+    return queries if queries >= 256 and half and one_tile else 0
+  one = queries * keys * problem.groups <= 1280**2
+  return queries if one else _near(queries, max(128, 512 // problem.groups))
 
 
 def _xla_sides(problem: Problem) -> tuple[int, int]:
@@ -210,8 +206,7 @@ def _xla_sides(problem: Problem) -> tuple[int, int]:
     one = max(queries, keys) <= 512 or queries * keys * groups <= 1280**2
     return (queries, keys) if one else (_near(queries, max(256, 1024 // groups)), _near(keys, 512))
   if not OLD_XLA:
-    one = queries * keys * groups <= 360**2
-    return (queries, keys) if one else (_even(queries, 256), _even(keys, 256))
+    return (queries, keys) if max(queries, keys) <= 360 else (_even(queries, 256), _even(keys, 256))
   rows = _near(queries, 512)  # its products for less than 2^17 scores stay on one core
   narrow = rows >= 512 and keys % 256 == 0 or groups > 4 and keys > 512
   return rows, _even(keys, 256) if narrow else _near(keys, 512)

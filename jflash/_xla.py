@@ -21,7 +21,7 @@ from . import _xla_rows
 from ._plan import Plan, WalkSchedule, every_row
 from ._problem import Problem
 from ._xla_sum import Parts, Place, tile_sum
-from ._xla_walk import Walk, laid_out, turn
+from ._xla_walk import Walk, laid_out, stacked, turn
 
 
 def supports(problem: Problem) -> str | None:
@@ -72,16 +72,16 @@ def _forward(problem: Problem, plan: Plan, visits: schedule.RowVisits, with_lse:
 
     def at_once(j, masked, _):
       k, v, leaves = cut(j)
-      s = scores(k, leaves, j, masked)
+      s = stacked(scores(k, leaves, j, masked))
+      drop = lambda p: stacked(walk.drop(leaves, walk.apart_heads(p)))
       if with_lse:
         m, total, p = _xla_rows.state(s, unit)
-        end = lambda acc: finished(softmax.State(m, total, acc))
-      else:
-        s = jax.lax.optimization_barrier(s) if masked else s
-        end = lambda out: [walk.put_rows(buffers[0], out, chunk, i)]
-        again = lambda: walk.drop(leaves, _xla_rows.normalised(s, unit))
-        return _weigh(walk, s, v, masked and hides, again(), end, again)
-      return _weigh(walk, s, v, masked and hides, walk.drop(leaves, p), end)
+        end = lambda acc: finished(softmax.State(*map(walk.apart_heads, (m, total, acc))))
+        return _weigh(walk, s, v, masked and hides, drop(p), end)
+      s = jax.lax.optimization_barrier(s) if masked else s
+      end = lambda out: [walk.put_rows(buffers[0], walk.apart_heads(out), chunk, i)]
+      again = lambda: drop(_xla_rows.normalised(s, unit))
+      return _weigh(walk, s, v, masked and hides, again(), end, again)
 
     if plan.fuses and plan.one_visit:
       return walk.each_visit(chunk, i, at_once, None)
@@ -189,8 +189,8 @@ def _put(values: list[Any], which: tuple[bool, ...], new: list[Any]) -> list[Any
 
 def _weigh(walk: Walk, s: Any, v: Any, guard: bool, p: Any, end: Callable[[Any], Any] = lambda out: out,
            again: Callable[[], Any] | None = None) -> Any:
-  """`end(p V)`, with `guard` safe against values that are not finite where the mask hides them."""
-  dot = lambda p, v: walk.algebra.nn(p.astype(v.dtype), v)
+  """`end(p V)`, with `guard` safe against values that are not finite where the mask hides them; `again()` is p, anew."""
+  dot = lambda p, v: walk.weigh(p.astype(v.dtype), v)
   if not guard:
     return end(dot(p, v))
   return softmax.weigh_masked(p, s, laid_out(v), dot, end, again)  # or it would be cut out once for each of its uses

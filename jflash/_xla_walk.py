@@ -51,14 +51,23 @@ class Walk:
   @property
   def algebra(self) -> products.Algebra:
     return products.Algebra(
-        nt=lambda q, k: self._dot("nth,nsh->nts", _rows(q), _stack(k)).reshape(*q.shape[:4], -1),
-        nn=lambda s, k: self._dot("nts,nsh->nth", _rows(self._settled(s)), _stack(k)).reshape(*s.shape[:4], -1),
+        nt=lambda q, k: self._dot("nth,nsh->nts", stacked(q), _stack(k)).reshape(*q.shape[:4], -1),
+        nn=self.weigh,
         tn=lambda s, q: self.tn(s, turn(q)), lay_down=lambda x: x[:, :, None].swapaxes(-1, -2),
         over_rows=lambda s: s.sum((2, 3))[..., None])
 
+  def weigh(self, s: Any, k: Any) -> Any:
+    """s k for a tile of scores, or for what `stacked` makes of one."""
+    flat = s if s.ndim == 3 else stacked(self._settled(s))
+    return self._dot("nts,nsh->nth", flat, _stack(k)).reshape(*s.shape[:-1], -1)
+
+  def apart_heads(self, x: Any) -> Any:
+    """`[Bc · Kc, G · rows, n]` as `[Bc, Kc, G, rows, n]`."""
+    return x.reshape(*self.plan.chunk, self.groups, -1, x.shape[-1])
+
   def tn(self, s: Any, turned: Any) -> Any:
     """sᵀ q with q as `turn` has it: (qᵀ s)ᵀ, as XLA's CPU compiler takes twice as long for sᵀ as for the smaller qᵀ."""
-    x = self._dot("nht,nts->nhs", _stack(turned), _rows(self._settled(s)))
+    x = self._dot("nht,nts->nhs", _stack(turned), stacked(self._settled(s)))
     return x.reshape(*s.shape[:2], -1, s.shape[-1]).swapaxes(-1, -2)
 
   def _dot(self, spec: str, a: Any, b: Any) -> Any:
@@ -246,8 +255,8 @@ def _stack(x: Any) -> Any:
   return x.reshape(-1, *x.shape[2:])
 
 
-def _rows(x: Any) -> Any:
-  """`[Bc, Kc, G, rows, n]` as `[Bc · Kc, G · rows, n]`."""
+def stacked(x: Any) -> Any:
+  """`[Bc, Kc, G, rows, n]` as `[Bc · Kc, G · rows, n]`, which XLA's CPU compiler makes the best of."""
   return x.reshape(-1, x.shape[2] * x.shape[3], x.shape[4])
 
 

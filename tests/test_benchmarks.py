@@ -70,11 +70,14 @@ def test_without_pytorch_its_row_says_so(monkeypatch):
 def test_the_cpu_page_has_a_row_for_every_case(tmp_path):
   out = tmp_path / "cpu"
   argv = [*BRIEF, "--uneven", "24", "--length", "48", "--long", "4096", "--dtype", "float32", "--out", str(out)]
-  assert cpu.main([*argv, "--parts", "shapes,terms,sparse"]) == 0
+  assert cpu.main([*argv, "--lengths", "16,32", "--parts", "causal,shapes,terms,sparse,compiling"]) == 0
   rows = _table(out.with_suffix(".md").read_text())
   cases = {(row["case"], row["beside"]) for row in rows}
-  assert len(rows) == 2 * (4 + 9 + 3) and len(cases) == 16 and all(float(row["ratio"]) > 0 for row in rows)
-  assert {("T 24, width 64, causal", "jax.nn"), ("bias of all heads", "plain causal"), ("window of 1024", "causal"), ("1/16 of the blocks of 256", "all pairs")} < cases
+  assert len(rows) == 2 * (2 + 4 + 9 + 3 + 2) and len(cases) == 20 and all(float(row["ratio"]) > 0 for row in rows)
+  for row in rows:
+    how, goal, *star = row["goal"].split()
+    assert bool(star) == (float(row["ratio"]) < float(goal) if how == ">=" else float(row["ratio"]) > float(goal))
+  assert {("T 32, causal", "jax.nn"), ("compiling, T 32, causal", "jax.nn"), ("T 24, width 64, causal", "jax.nn"), ("bias of all heads", "plain causal"), ("window of 1024", "causal"), ("1/16 of the blocks of 256", "all pairs")} < cases
 
 
 def test_what_needs_too_much_memory_is_not_run():
