@@ -103,7 +103,7 @@ def compute(problem: Problem, sinks: Any, implementation: str | None, tiles: Any
     visits = _plan.make_schedule(problem, plan)
     plan = _plan.settle(plan, visits)
     if not with_lse and sinks is None:
-      plan = _plan.out_alone(problem, plan)
+      plan = _plan.out_alone(problem, plan, visits)
   out, lse = _autodiff.attend(backend.name, plan, problem, visits)
   if sinks is None:
     return out, lse

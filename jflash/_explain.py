@@ -153,8 +153,8 @@ def _explain_tiled(arguments: dict[str, Any]) -> Explanation:
   plan = backend.plan(problem)
   visits = jax.eval_shape(lambda: _plan.make_schedule(problem, plan))
   with_lse = arguments["return_residual"] or arguments["sinks"] is not None
-  alone = None if with_lse else _plan.out_alone(problem, plan).alone
   kinds = _show.tile_kinds(problem, plan) if backend.tiled else None
+  alone = None if with_lse else _plan.out_alone(problem, plan, visits._replace(kinds=kinds)).alone
   skipped, partial, full = (None if kinds is None else float(np.mean(kinds == kind))
                             for kind in (schedule.EMPTY, schedule.PARTIAL, schedule.FULL))
   grid = math.prod(-(-size // tile) for size, tile in zip((problem.queries, problem.keys), plan.tiles))

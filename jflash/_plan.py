@@ -161,21 +161,23 @@ def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
               fuses=on_cpu and not OLD_XLA and problem.product is products.Dot)
 
 
-def out_alone(problem: Problem, plan: Plan) -> Plan:
+def out_alone(problem: Problem, plan: Plan, visits: AnySchedule) -> Plan:
   """The plan of a call that nobody asks for lse, or a derivative: all keys at once for some rows, where "xla" is faster so."""
   if not plan.fuses or _forced_tiles.get() is not None or _few_queries(problem):
     return plan
-  rows = _rows_at_once(problem, plan.one_visit)
+  rows = _rows_at_once(problem, visits.kinds)
   if not rows:
     return plan
-  if problem.logits.mask is not None:
-    return dataclasses.replace(plan, alone=plan)
-  head = rows * problem.groups * max(problem.width, problem.value_width)
-  limit = max(3 << 17, min(problem.kv_heads * head, 1 << 20)) // head
+  masked = problem.logits.mask is not None
+  if masked:  # scores are in memory
+    limit = (1 << 21) // (rows * problem.keys * problem.groups)
+  else:
+    head = rows * problem.groups * max(problem.width, problem.value_width)
+    limit = max(3 << 17, min(problem.kv_heads * head, 1 << 20)) // head
   heads = _divisor(problem.kv_heads, limit)
   chunk = _divisor(problem.batch, limit // heads) if heads == problem.kv_heads else 1, heads
   return dataclasses.replace(plan, alone=dataclasses.replace(
-      plan, tiles=(rows, problem.keys), chunk=chunk, kinds=(schedule.FULL,), one_visit=True))
+      plan, tiles=(rows, problem.keys), chunk=chunk, kinds=(schedule.PARTIAL if masked else schedule.FULL,), one_visit=True))
 
 
 def every_row(problem: Problem, plan: Plan) -> schedule.RowVisits:
@@ -183,13 +185,16 @@ def every_row(problem: Problem, plan: Plan) -> schedule.RowVisits:
   return schedule.row_visits(np.full((1, 1, math.ceil(problem.queries / plan.tiles[0]), 1), plan.kinds[0]))
 
 
-def _rows_at_once(problem: Problem, one_tile: bool) -> int:
+def _rows_at_once(problem: Problem, kinds: Any) -> int:
   """How many rows meet all their keys at once in such a call; 0: none. As measured (docs/design.md, "Plain JAX on CPUs")."""
   queries, keys, half = problem.queries, problem.keys, problem.q.dtype == jnp.bfloat16
-  if not problem.logits.plain or (queries < 256 and not half) or keys > (4096 if half else 2048):
+  if not problem.logits.plain or keys > (4096 if half else 2048):
     return 0
-  if problem.logits.mask is not None:  # then scores are in memory
-    return queries if queries >= 256 and half and one_tile else 0
+  if problem.logits.mask is not None:
+    skips = isinstance(kinds, np.ndarray) and np.mean(kinds == schedule.EMPTY) > 0.4
+    return queries if (256 if half else 361) <= queries <= 600 >= keys and not skips else 0
+  if queries < 256 and not half:
+    return 0
   one = queries * keys * problem.groups <= 1280**2
   return queries if one else _near(queries, max(128, 512 // problem.groups))
 

@@ -112,7 +112,8 @@ def chosen(t, dtype="bfloat16", heads=4, s=None, **kwargs):
     nonlocal plan
     problem = _api.make_problem(q, k, v, **kwargs)
     plan = dataclasses.replace(_plan.plan_xla(problem), fuses=True)
-    plan = _plan.out_alone(problem, _plan.settle(plan, _plan.make_schedule(problem, plan)))
+    visits = _plan.make_schedule(problem, plan)
+    plan = _plan.out_alone(problem, _plan.settle(plan, visits), visits)
 
   jax.eval_shape(make, x, y, y)
   return plan
@@ -126,6 +127,9 @@ def test_when_nobody_asks_for_lse():
   assert chosen(5000).alone is None
   assert chosen(300, bias=np.ones((1, 1, 300, 300), "f")).alone is None
   assert chosen(1, s=3000).alone is None  # decoding
+  assert chosen(500, is_causal=True).alone.tiles == chosen(500, "float32", is_causal=True).alone.tiles == (500, 500)
+  assert chosen(700, is_causal=True).alone is None  # scores under a mask are in memory
+  assert chosen(600, local_window_size=(20, 0)).alone is None  # tiles are skipped
   plan = chosen(1000, heads=8, kv_heads=2)
   assert plan.alone.tiles[0] * 4 <= 600 and plan.alone.chunk == (2, 2)
   with _plan.force_tiles(64, 64):
