@@ -133,7 +133,7 @@ def causal(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row
 
 def compiling(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row]:
   """From a call to the compiled program, tracing included."""
-  for t in (args.lengths[0], args.lengths[-1]):
+  for t in args.compiled:
     inputs = [jax.ShapeDtypeStruct((1, t, HEADS, WIDTH), dtype)] * (4 if backward else 3)
 
     def seconds(function, inputs=inputs):
@@ -227,7 +227,8 @@ OTHERS = {"decoding": decoding, "training": training}
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser = options.parser(__doc__, "cpu")
   parser.set_defaults(out=pathlib.Path("benchmarks/results/cpu"))
-  parser.add_argument("--lengths", type=options.integers, default=[1024, 2048, 4096, 8192], help="T of causal, and of compiling")
+  parser.add_argument("--lengths", type=options.integers, default=[1024, 2048, 4096], help="T of causal")
+  parser.add_argument("--compiled", type=options.integers, default=[2048, 8192], help="T of compiling")
   parser.add_argument("--uneven", type=options.integers, default=[128, 197, 300, 577, 1000, 1500], help="T of shapes")
   parser.add_argument("--length", type=int, default=2048, help="T where terms of the scores are compared")
   parser.add_argument("--long", type=int, default=16384, help="T of windows and blocks")

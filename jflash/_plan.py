@@ -211,7 +211,9 @@ def _xla_sides(problem: Problem) -> tuple[int, int]:
     one = max(queries, keys) <= 512 or queries * keys * groups <= 1280**2
     return (queries, keys) if one else (_near(queries, max(256, 1024 // groups)), _near(keys, 512))
   if not OLD_XLA:
-    return (queries, keys) if max(queries, keys) <= 360 else (_even(queries, 256), _even(keys, 256))
+    longest = max(queries, keys)
+    side = 160 if longest <= 480 else 192 if 600 < longest <= 900 else 256
+    return (queries, keys) if longest <= 360 else (_even(queries, side), _even(keys, side))
   rows = _near(queries, 512)  # its products for less than 2^17 scores stay on one core
   narrow = rows >= 512 and keys % 256 == 0 or groups > 4 and keys > 512
   return rows, _even(keys, 256) if narrow else _near(keys, 512)

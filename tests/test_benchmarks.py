@@ -70,7 +70,7 @@ def test_without_pytorch_its_row_says_so(monkeypatch):
 def test_the_cpu_page_has_a_row_for_every_case(tmp_path):
   out = tmp_path / "cpu"
   argv = [*BRIEF, "--uneven", "24", "--length", "48", "--long", "4096", "--dtype", "float32", "--out", str(out)]
-  assert cpu.main([*argv, "--lengths", "16,32", "--parts", "causal,shapes,terms,sparse,compiling"]) == 0
+  assert cpu.main([*argv, "--lengths", "16,32", "--compiled", "16,32", "--parts", "causal,shapes,terms,sparse,compiling"]) == 0
   rows = _table(out.with_suffix(".md").read_text())
   cases = {(row["case"], row["beside"]) for row in rows}
   assert len(rows) == 2 * (2 + 4 + 9 + 3 + 2) and len(cases) == 20 and all(float(row["ratio"]) > 0 for row in rows)
