@@ -93,9 +93,9 @@ def taken(args: argparse.Namespace, calls: dict[str, Call], kind: str, goal: str
     jax.block_until_ready(call())
   times = interleave(calls, repeats=args.repeats, seconds=args.seconds)
   (beside, base), *rest = times.items()
-  for case, time in rest:
-    yield Row(name=case, direction=direction, dtype=dtype, beside=beside, kind=kind, goal=goal, times=time,
-              ratio=ratio(time, base))
+  for case, ours in rest:
+    yield Row(name=case, direction=direction, dtype=dtype, beside=beside, kind=kind, goal=goal, times=ours,
+              ratio=ratio(ours, base))
 
 
 def faster(time: Times, base: Times) -> float:
@@ -145,8 +145,8 @@ def compiling(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[
 
     rounds = [(seconds(jax.nn.dot_product_attention), seconds(jflash.attention)) for _ in range(args.repeats + 1)][1:]
     base, ours = (Times(tuple(x)) for x in zip(*rounds))
-    yield Row(name=f"compiling, T {t}, causal", direction=PASSES[backward], dtype=dtype, beside="jax.nn", kind="÷ beside", goal="<= 3",
-              times=ours, ratio=slower(ours, base))
+    yield Row(name=f"compiling, T {t}, causal", direction=PASSES[backward], dtype=dtype, beside="jax.nn", kind="÷ beside",
+              goal="<= 3", times=ours, ratio=slower(ours, base))
 
 
 def terms(args: argparse.Namespace, dtype: str, backward: bool) -> Iterator[Row]:

@@ -1,8 +1,9 @@
 """Rows that meet all of their keys in one tile, in plain JAX: a softmax without the online statistics.
 
-It is written as XLA's CPU compiler, from JAX 0.11 on, makes one library call of it: that grows around a reduction, over what each has
-one use for and is not small. So a maximum that is used twice is computed twice, of scores that an optimization barrier tells apart;
-and rows that see nothing are taken care of by where reductions start, as a `where` on row statistics would end the call there.
+It is written such that XLA's CPU compiler, from JAX 0.11 on, makes one library call of it. A call grows around a reduction, over
+what has thousands of elements and one use. So a maximum that is used twice is computed twice, of scores that an optimization
+barrier tells apart; and reductions start such that rows which see nothing come out right, as a `where` on row statistics would end
+the call.
 """
 
 from __future__ import annotations

@@ -149,7 +149,8 @@ def weigh_masked(p: Any, s: Any, v: Any, dot: Callable[[Any, Any], Any], end: Ca
                  again: Callable[[], Any] | None = None) -> Any:
   """`end(p V)` where a key that a row does not see (s = -inf) must not touch it, even if its value is inf or NaN.
 
-  `end` is within the branch, whose result is copied otherwise, and so is p if `again` computes it. Finite values are the rule. Otherwise what is not finite is summed apart, over the keys each row does see: NaN as inf - inf.
+  Finite values are the rule. Otherwise what is not finite is summed apart, over the keys each row does see: NaN as inf - inf.
+  A result of that branch is copied, hence `end` within it, and p is kept for it, unless `again` computes it there.
   """
   def add_what_is_not_finite(_):
     out = dot(again() if again else p, finite(v))
