@@ -15,10 +15,11 @@ import numpy as np
 
 from pallas_kernels import products, schedule
 
-from . import _tiles_gpu, _tiles_tpu, masks
+from . import _tiles_gpu, _tiles_tpu, _tiles_xla, masks
 from ._mask import parts
 from ._problem import Problem
 from ._program import is_program
+from ._tiles_xla import divisor
 
 _interpreting: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_interpret", default=False)
 _forced_tiles: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_tiles", default=None)
@@ -26,7 +27,6 @@ _forced_passes: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_pas
 _forced_launches: contextvars.ContextVar[Any] = contextvars.ContextVar("jflash_launches", default=None)
 
 
-OLD_XLA = jax.__version_info__ < (0, 11)  # whose CPU compiler differs from the later ones
 SMALLEST = 64  # rows or columns of a tile; below that, the way from tile to tile takes longer than the tile
 
 
@@ -150,22 +150,23 @@ def platform() -> str:
 def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
   """Tiles, and as many batch elements and heads at a time as keep a step at `scores`; by default, a cache or 1 GiB full of them."""
   on_cpu = platform() == "cpu"
-  tiles = _forced_tiles.get() or _blocks(problem, *(_xla_sides(problem) if on_cpu else _sides_by_length(problem)))
+  tiles = _forced_tiles.get() or _blocks(problem, *(_tiles_xla.sides(problem) if on_cpu else _sides_by_length(problem)))
   tiles = min(tiles[0], problem.queries), min(tiles[1], problem.keys)
-  most = scores or (_xla_step(problem, tiles) if on_cpu else 1 << 28)
+  most = scores or (_tiles_xla.step(problem, tiles) if on_cpu else 1 << 28)
   lead = _table_lead(problem)
   limit = most // max(tiles[0] * tiles[1] * problem.groups, tiles[1] * max(problem.width, problem.value_width) if on_cpu else 0)
-  heads = _divisor(problem.kv_heads, limit) if lead[1] == 1 else 1
-  batch = _divisor(problem.batch, limit // heads) if lead[0] == 1 and heads == problem.kv_heads else 1
-  return Plan(tiles, (batch, heads), on_cpu and problem.q.dtype == jnp.float16, False, walks=True, as_bits=on_cpu and OLD_XLA,
-              fuses=on_cpu and not OLD_XLA and problem.product is products.Dot)
+  heads = divisor(problem.kv_heads, limit) if lead[1] == 1 else 1
+  batch = divisor(problem.batch, limit // heads) if lead[0] == 1 and heads == problem.kv_heads else 1
+  old, new = on_cpu and _tiles_xla.OLD, on_cpu and not _tiles_xla.OLD
+  return Plan(tiles, (batch, heads), on_cpu and problem.q.dtype == jnp.float16, False, walks=True, as_bits=old,
+              fuses=new and problem.product is products.Dot)
 
 
 def out_alone(problem: Problem, plan: Plan, visits: AnySchedule) -> Plan:
   """The plan of a call that nobody asks for lse, or a derivative: all keys at once for some rows, where "xla" is faster so."""
-  if not plan.fuses or _forced_tiles.get() is not None or _few_queries(problem):
+  if not plan.fuses or _forced_tiles.get() is not None or _tiles_xla.few_queries(problem):
     return plan
-  rows = _rows_at_once(problem, visits.kinds)
+  rows = _tiles_xla.rows_at_once(problem, visits.kinds)
   if not rows:
     return plan
   masked = problem.logits.mask is not None
@@ -174,8 +175,8 @@ def out_alone(problem: Problem, plan: Plan, visits: AnySchedule) -> Plan:
   else:
     head = rows * problem.groups * max(problem.width, problem.value_width)
     limit = max(3 << 17, min(problem.kv_heads * head, 1 << 20)) // head
-  heads = _divisor(problem.kv_heads, limit)
-  chunk = _divisor(problem.batch, limit // heads) if heads == problem.kv_heads else 1, heads
+  heads = divisor(problem.kv_heads, limit)
+  chunk = divisor(problem.batch, limit // heads) if heads == problem.kv_heads else 1, heads
   return dataclasses.replace(plan, alone=dataclasses.replace(
       plan, tiles=(rows, problem.keys), chunk=chunk, kinds=(schedule.PARTIAL if masked else schedule.FULL,), one_visit=True))
 
@@ -183,61 +184,6 @@ def out_alone(problem: Problem, plan: Plan, visits: AnySchedule) -> Plan:
 def every_row(problem: Problem, plan: Plan) -> schedule.RowVisits:
   """The visits of `Plan.alone`: one for each tile of rows."""
   return schedule.row_visits(np.full((1, 1, math.ceil(problem.queries / plan.tiles[0]), 1), plan.kinds[0]))
-
-
-def _rows_at_once(problem: Problem, kinds: Any) -> int:
-  """How many rows meet all their keys at once in such a call; 0: none. As measured (docs/design.md, "Plain JAX on CPUs")."""
-  queries, keys, half = problem.queries, problem.keys, problem.q.dtype == jnp.bfloat16
-  if not problem.logits.plain or keys > (4096 if half else 2048):
-    return 0
-  if problem.logits.mask is not None:
-    skips = isinstance(kinds, np.ndarray) and np.mean(kinds == schedule.EMPTY) > 0.4
-    return queries if (256 if half else 361) <= queries <= 600 >= keys and not skips else 0
-  if queries < 256 and not half:
-    return 0
-  one = queries * keys * problem.groups <= 1280**2
-  return queries if one else _near(queries, max(128, 512 // problem.groups))
-
-
-def _xla_sides(problem: Problem) -> tuple[int, int]:
-  """Rows and columns of a tile on CPUs, as measured (docs/design.md, "Plain JAX on CPUs")."""
-  if problem.product is products.Distance:  # n = 16,384, d = 2 takes an eighth less in 1024 x 1024 than in 512 x 512
-    return 1024, 1024
-  if _few_queries(problem):  # the keys are read once, and how fast is all that counts: filling them up to whole tiles copies them
-    whole = _divisor(problem.keys, 1024)
-    return problem.queries, whole if whole >= 256 else _even(problem.keys, 1024)
-  queries, keys, groups, masked = problem.queries, problem.keys, problem.groups, problem.logits.mask is not None
-  if not masked:  # small tiles would leave nothing out
-    one = max(queries, keys) <= 512 or queries * keys * groups <= 1280**2
-    return (queries, keys) if one else (_near(queries, max(256, 1024 // groups)), _near(keys, 512))
-  if not OLD_XLA:
-    longest = max(queries, keys)
-    side = 160 if longest <= 480 else 192 if 600 < longest <= 900 else 256
-    return (queries, keys) if longest <= 360 else (_even(queries, side), _even(keys, side))
-  rows = _near(queries, 512)  # its products for less than 2^17 scores stay on one core
-  narrow = rows >= 512 and keys % 256 == 0 or groups > 4 and keys > 512
-  return rows, _even(keys, 256) if narrow else _near(keys, 512)
-
-
-def _xla_step(problem: Problem, tiles: tuple[int, int]) -> int:
-  """Scores of a step on CPUs, as measured; where queries are few, of numbers of the keys."""
-  large = (tiles == (problem.queries, problem.keys) and tiles[0] > 256) or tiles[0] * tiles[1] > 1 << 17
-  return 1 << 20 if large or _few_queries(problem) else 1 << 19
-
-
-def _even(length: int, side: int) -> int:
-  """At most `side`, such that as many tiles end soon after `length`: 384 are two of 192, and not one and a half of 256."""
-  tiles = math.ceil(length / side)
-  return min(side, 16 * math.ceil(length / (16 * tiles)))
-
-
-def _near(length: int, side: int) -> int:
-  """As near to `side` as equal tiles get: 700 are one, and 850 two of 425, with a side of 512."""
-  return math.ceil(length / max(1, round(length / side)))
-
-
-def _few_queries(problem: Problem) -> bool:
-  return problem.queries * problem.groups <= 32 and problem.product is products.Dot
 
 
 def _sides_by_length(problem: Problem) -> tuple[int, int]:
@@ -268,14 +214,14 @@ def _chunk_tpu(problem: Problem, plan: Plan) -> tuple[int, int]:
   if batch * heads <= limit:
     batch, heads = problem.batch, problem.kv_heads
   elif heads <= limit:
-    batch, heads = _divisor(problem.batch, limit // heads), problem.kv_heads
+    batch, heads = divisor(problem.batch, limit // heads), problem.kv_heads
   else:
-    batch, heads = 1 if batch > 1 else problem.batch, _divisor(problem.kv_heads, limit)
+    batch, heads = 1 if batch > 1 else problem.batch, divisor(problem.kv_heads, limit)
   if plan.spans <= 1:
     return batch, heads
   most = SUMS // (problem.keys * 4 * sum(128 * math.ceil(n / 128) for n in (problem.width, problem.value_width)))
-  heads = _divisor(heads, most)
-  return _divisor(batch, most // heads) if heads == problem.kv_heads else 1, heads
+  heads = divisor(heads, most)
+  return divisor(batch, most // heads) if heads == problem.kv_heads else 1, heads
 
 
 def tpu_lists(problem: Problem, plan: Plan) -> tuple[tuple[int, int], int]:
@@ -460,8 +406,3 @@ def _blocks(problem: Problem, *sides: int) -> tuple[int, int]:
   """(rows, columns), or the blocks of a block-sparse mask where they are smaller: in larger tiles they would not be skipped."""
   shapes = [part.block_shape for part in parts(problem.logits.mask) if isinstance(part, masks.BlockSparse)]
   return tuple(min([side, *(max(shape[axis], SMALLEST) for shape in shapes)]) for axis, side in enumerate(sides))  # type: ignore[return-value]
-
-
-def _divisor(n: int, limit: int) -> int:
-  """The greatest divisor of n that is at most `limit`, and at least 1."""
-  return next(d for d in range(min(n, max(limit, 1)), 0, -1) if n % d == 0)
