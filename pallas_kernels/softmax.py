@@ -116,8 +116,8 @@ def dscores(p: Any, dp: Any, delta: Any) -> Any:
 def row_cotangents(out: Any, lse: Any, dout: Any, dlse: Any) -> tuple[Any, Any]:
   """(dout, δ) for `dscores`: δ = rowsum(dO ∘ O) - dlse, `[...]`, and both 0 for rows that saw nothing, whatever arrives."""
   dead = lse == -INF
-  products = dout.astype(lse.dtype) * out.astype(lse.dtype)
   dout = jnp.where(dead[..., None], jnp.zeros_like(dout), dout)
+  products = dout.astype(lse.dtype) * out.astype(lse.dtype)
   return dout, jnp.where(dead, 0.0, jnp.sum(products, axis=-1) - dlse)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jflash
-from jflash import _api, _plan, _xla
+from jflash import _api, _plan, _tiles_xla, _xla
 from pallas_kernels import schedule
 from tests.cases import CASES
 from tests.test_not_finite import BAD, HIDDEN, B, S, draw
@@ -119,7 +119,8 @@ def chosen(t, dtype="bfloat16", heads=4, s=None, **kwargs):
   return plan
 
 
-def test_when_nobody_asks_for_lse():
+def test_when_nobody_asks_for_lse(monkeypatch):
+  monkeypatch.setattr(_tiles_xla, "OLD", False)
   assert chosen(300).alone.tiles == (300, 300)
   assert chosen(300, "float32").alone.tiles == (300, 300)
   assert chosen(3000).alone.tiles == (500, 3000)  # ten megabytes of scores a core at most
