@@ -70,13 +70,14 @@ class Plan:
   interpret: Any  # False, True, or Pallas' interpreter parameters
   kinds: tuple[int, ...] = (schedule.PARTIAL, schedule.FULL)  # of tiles that have to be reckoned with, besides EMPTY
   backward_tiles: tuple[int, int] | None = None  # of "tpu", where they differ
-  together: int = 1  # visits that the forward pass of "tpu" computes in one step, 1 or 2
+  together: int = 1  # visits that are computed in one step, by the forward pass of "tpu" 1 or 2, by "xla" those of FULL tiles
   spans: int = 0  # of query tiles whose dQ is on chip at a time, in its backward pass of one kernel; 0: dQ has a kernel of its own
   launches: _tiles_gpu.Launches | None = None  # of "mosaic_gpu"
   walks: bool = False  # whether a pass walks from tile to tile in loops of its own, as "xla" does
   one_visit: bool = False  # whether there is one tile, and of one kind for all batch elements and heads
   as_bits: bool = False  # whether "xla" cuts tiles of bfloat16 out as integers
   fuses: bool = False  # whether its softmax of rows that meet all keys at once is written for the compiler to make one call of
+  in_place: bool = False  # whether "xla" cuts tiles out of the keys as they are, and not of a copy with the heads in front
   alone: Plan | None = None  # how it computes out, where nobody asks for lse or a derivative
 
 
@@ -159,16 +160,17 @@ def plan_xla(problem: Problem, scores: int | None = None) -> Plan:
   batch = divisor(problem.batch, limit // heads) if lead[0] == 1 and heads == problem.kv_heads else 1
   old, new = on_cpu and _tiles_xla.OLD, on_cpu and not _tiles_xla.OLD
   return Plan(tiles, (batch, heads), on_cpu and problem.q.dtype == jnp.float16, False, walks=True, as_bits=old,
-              fuses=new and problem.product is products.Dot)
+              together=_tiles_xla.together(problem, tiles) if on_cpu else 1, fuses=new and problem.product is products.Dot)
 
 
 def out_alone(problem: Problem, plan: Plan, visits: AnySchedule) -> Plan:
-  """The plan of a call that nobody asks for lse, or a derivative: all keys at once for some rows, where "xla" is faster so."""
-  if not plan.fuses or _forced_tiles.get() is not None or _tiles_xla.few_queries(problem):
+  """The plan of a call that nobody asks for lse, or a derivative: all keys at once for some rows, or keys where they are."""
+  if not plan.walks or platform() != "cpu" or _forced_tiles.get() is not None or _tiles_xla.few_queries(problem):
     return plan
-  rows = _tiles_xla.rows_at_once(problem, visits.kinds)
+  rows = _tiles_xla.rows_at_once(problem, visits.kinds) if plan.fuses else 0
   if not rows:
-    return plan
+    in_place = dataclasses.replace(plan, in_place=True)
+    return dataclasses.replace(plan, alone=in_place) if _tiles_xla.in_place(problem, visits.kinds) else plan
   masked = problem.logits.mask is not None
   if masked:  # scores are in memory
     limit = (1 << 21) // (rows * problem.keys * problem.groups)
@@ -336,6 +338,7 @@ def _schedule(problem: Problem, plan: Plan) -> AnySchedule:
     return LaunchSchedule(visits(forward), visits(dq), of_columns(dkv), forward, dq, fused)
   if plan.walks:
     kinds, most = _bounded_kinds(problem, plan.tiles)
+    kinds = schedule.in_steps(kinds, plan.together)
     return WalkSchedule(schedule.row_visits(kinds, kinds.shape[2] * most), kinds)
   by_row, kinds = _row_visits(problem, plan.tiles, plan.together)
   dq = None

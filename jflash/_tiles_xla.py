@@ -11,6 +11,8 @@ import numpy as np
 
 from pallas_kernels import products, schedule
 
+from . import masks
+from ._mask import parts
 from ._problem import Problem
 
 OLD = jax.__version_info__ < (0, 11)  # whose CPU compiler differs from the later ones
@@ -58,6 +60,18 @@ def step(problem: Problem, tiles: tuple[int, int]) -> int:
   """Scores of a step; where queries are few, of numbers of the keys."""
   large = (tiles == (problem.queries, problem.keys) and tiles[0] > 256) or tiles[0] * tiles[1] > 1 << 17
   return 1 << 20 if large or few_queries(problem) else 1 << 19
+
+
+def together(problem: Problem, tiles: tuple[int, int]) -> int:
+  """How many tiles of a row are computed as one, where the blocks of a mask keep them small."""
+  blocks = any(isinstance(part, masks.BlockSparse) for part in parts(problem.logits.mask))
+  return min(max((1 << 17) // (tiles[0] * tiles[1]), 1), 4) if blocks and problem.product is products.Dot else 1
+
+
+def in_place(problem: Problem, kinds: Any) -> bool:
+  """Whether tiles of keys are visited so rarely that they are cut out of the keys as they are."""
+  known = isinstance(kinds, np.ndarray) and kinds.shape[2] > 1 and problem.product is products.Dot
+  return known and float(np.mean(np.sum(kinds != schedule.EMPTY, axis=2))) <= 6
 
 
 def _even(length: int, side: int) -> int:

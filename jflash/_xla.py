@@ -33,7 +33,8 @@ def supports(problem: Problem) -> str | None:
 def forward(problem: Problem, plan: Plan, schedule: WalkSchedule) -> tuple[Any, Any]:
   """`(out [B, T, N, E], lse [B, T, N])`; with `plan.alone` lse is 0, as nobody asked for it."""
   if plan.alone is not None:
-    return _forward(problem, plan.alone, every_row(problem, plan.alone), False)[0], jnp.zeros(problem.q.shape[:3], problem.dtype)
+    visits = every_row(problem, plan.alone) if plan.alone.one_visit else schedule.rows
+    return _forward(problem, plan.alone, visits, False)[0], jnp.zeros(problem.q.shape[:3], problem.dtype)
   out, lse = _forward(problem, plan, schedule.rows, True)
   return out, lse[..., 0]
 

@@ -18,7 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels import schedule
 
 from ._linear import linear_map
-from ._xla_walk import Chunk, Walk, laid_out
+from ._xla_walk import Chunk, Columns, Walk, laid_out
 
 
 class Parts(NamedTuple):
@@ -45,11 +45,11 @@ class Parts(NamedTuple):
 
 
 class Place(NamedTuple):
-  """Where a tile lies."""
+  """Where a tile lies, or several in a row."""
 
   chunk: Chunk
   i: Any
-  j: Any
+  j: Columns
 
 
 Tile = Callable[[Place, bool, Parts], Parts]  # (place, masked, tiles) -> what the tile adds
@@ -129,7 +129,7 @@ def _run(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.RowVisits, grad
   def shapes():  # of what a tile adds; all tiles are alike
     zero = np.int32(0)
     chunk = Chunk(zero, zero, visits)
-    return tile(Place(chunk, zero, zero), True, cut_at(chunk, zero, zero, rows_at(chunk, zero)))
+    return tile(Place(chunk, zero, (zero,)), True, cut_at(chunk, zero, (zero,), rows_at(chunk, zero)))
 
   added = jax.eval_shape(shapes)
   nothing = lambda tiles: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), added)

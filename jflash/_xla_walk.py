@@ -29,19 +29,22 @@ class Chunk(NamedTuple):
   visits: schedule.RowVisits  # without leading axes
 
 
+Columns = tuple[Any, ...]  # numbers of the key tiles that are computed in one step
+
+
 class Walk:
   """One pass over a problem, in chunks of `Bc` batch elements and `Kc` kv heads and in tiles of rows and columns.
 
   It holds sizes and no arrays. Arrays that it cuts are filled up with zeros to whole tiles. Along the queries they are
   `[B, T, N, H]`, as each of their tiles is cut once; along the keys they have the heads in front, `[B, K, S, H]`, unless there is
-  one tile of queries only. A tile of scores has shape `[Bc, Kc, G, rows, columns]`.
+  one tile of queries only, or `Plan.in_place`. A tile of scores has shape `[Bc, Kc, G, rows, columns]`.
   """
 
   def __init__(self, problem: Problem, plan: Plan):
     self.plan = plan
     self.sizes = problem.queries, problem.keys
     self.counts = tuple(-(-size // tile) for size, tile in zip(self.sizes, plan.tiles))
-    self.heads_first = self.counts[0] > 1  # along the keys
+    self.heads_first = self.counts[0] > 1 and not plan.in_place  # along the keys
     self.batch, self.kv_heads, self.groups = problem.batch, problem.kv_heads, problem.groups
     self.dtype = problem.dtype
     self.precision = lax.Precision.HIGHEST if problem.q.dtype == jnp.float32 else None
@@ -127,27 +130,29 @@ class Walk:
 
     return _loop((self.batch // batch) * (self.kv_heads // heads), each_chunk, init)
 
-  def each_visit(self, chunk: Chunk, i: Any, body: Callable[[Any, bool, Any], Any], init: Any) -> Any:
-    """`body(key tile, masked, carry) -> carry` over the key tiles that query tile i visits, those that are masked first."""
+  def each_visit(self, chunk: Chunk, i: Any, body: Callable[[Columns, bool, Any], Any], init: Any) -> Any:
+    """`body(key tiles, masked, carry) -> carry` over the key tiles that query tile i visits, those that are masked first."""
     if self.plan.one_visit:
-      return body(np.int32(0), self.plan.kinds[0] == schedule.PARTIAL, init)
+      return body((np.int32(0),), self.plan.kinds[0] == schedule.PARTIAL, init)
     visits = chunk.visits
     first, end = _at(visits.starts, i), _at(visits.starts, i + 1)
     middle = first + _at(visits.partial, i)
-    for kind, start, stop in ((schedule.PARTIAL, first, middle), (schedule.FULL, middle, end)):
+    for kind, start, stop, together in ((schedule.PARTIAL, first, middle, 1), (schedule.FULL, middle, end, self.plan.together)):
       if kind in self.plan.kinds:
-        # A tile's number is looked up one step before: XLA's CPU compiler would do it again for each element of the mask.
-        step = lambda n, at, masked=kind == schedule.PARTIAL: (_at(visits.tiles, n + 1), body(at[0], masked, at[1]))
-        _, init = lax.fori_loop(start, stop, step, (_at(visits.tiles, start), init))
+        # Numbers are looked up one step before: XLA's CPU compiler would do it again for each element of the mask.
+        numbers = lambda step, first=start, many=together: tuple(
+            _at(visits.tiles, first + step * many + place) for place in range(many))
+        visit = lambda step, at, masked=kind == schedule.PARTIAL, numbers=numbers: (numbers(step + 1), body(at[0], masked, at[1]))
+        _, init = lax.fori_loop(np.int32(0), lax.div(stop - start, np.int32(together)), visit, (numbers(0), init))
     return init
 
-  def apart(self, j: Any, compute: Callable, nothing: Callable, *args: Any) -> Any:
+  def apart(self, j: Columns, compute: Callable, nothing: Callable, *args: Any) -> Any:
     """`compute(*args)`, for distances in a branch that is always taken.
 
     XLA's CPU compiler does not reach across one: elsewhere it fuses cutting a tile out with the arithmetic on it, which then is not
     vectorised (five times slower). With JAX 0.12 an optimization barrier does the same, with 0.10 it does not.
     """
-    return compute(*args) if self.product is products.Dot else lax.cond(j >= 0, compute, nothing, *args)
+    return compute(*args) if self.product is products.Dot else lax.cond(j[0] >= 0, compute, nothing, *args)
 
   # Tiles of q, k, v and their like ------------------------------------------------------------------------------------
 
@@ -158,14 +163,17 @@ class Walk:
     x = self._cut(x, start, (batch, size, heads * self.groups, x.shape[-1]))
     return self._widen(laid_out(x.reshape(batch, size, heads, self.groups, -1).transpose(0, 2, 3, 1, 4)))
 
-  def columns(self, x: Any, chunk: Chunk, j: Any) -> Any:
-    """Key tile j of what `along_columns` gives, `[Bc, Kc, columns, H]`."""
+  def columns(self, x: Any, chunk: Chunk, j: Columns) -> Any:
+    """Key tiles j of what `along_columns` gives, `[Bc, Kc, columns, H]`."""
     (batch, heads), size = self.plan.chunk, self.plan.tiles[1]
-    if self.heads_first:
-      x = self._cut(x, _start(chunk.batch, chunk.kv_head, j * size, 0), (batch, heads, size, x.shape[-1]))
-    else:
-      x = self._cut(x, _start(chunk.batch, j * size, chunk.kv_head, 0), (batch, size, heads, x.shape[-1])).swapaxes(1, 2)
-    return self._widen(x)
+
+    def cut(n):
+      if self.heads_first:
+        return self._cut(x, _start(chunk.batch, chunk.kv_head, n * size, 0), (batch, heads, size, x.shape[-1]))
+      tile = self._cut(x, _start(chunk.batch, n * size, chunk.kv_head, 0), (batch, size, heads, x.shape[-1])).swapaxes(1, 2)
+      return laid_out(tile) if self.plan.in_place else tile
+
+    return self._widen(_side_by_side([cut(n) for n in j], 2))
 
   def _cut(self, x: Any, start: tuple[Any, ...], size: tuple[int, ...]) -> Any:
     """A slice, of bfloat16 as integers where `Plan.as_bits`.
@@ -188,40 +196,48 @@ class Walk:
     x = x.transpose(0, 3, 1, 2, 4).reshape(batch, size, heads * groups, width).astype(buffer.dtype)
     return _update(buffer, x, _start(chunk.batch, i * size, chunk.kv_head * groups, 0))
 
-  def add_columns(self, buffer: Any, x: Any, chunk: Chunk, j: Any) -> Any:
-    """Adds `[Bc, Kc, columns, H]` to key tile j of `[B, K, H, S]`, in which `tn` has it."""
-    return _add(buffer, x.swapaxes(-1, -2), _start(chunk.batch, chunk.kv_head, 0, j * x.shape[2]))
+  def add_columns(self, buffer: Any, x: Any, chunk: Chunk, j: Columns) -> Any:
+    """Adds `[Bc, Kc, columns, H]` to key tiles j of `[B, K, H, S]`, in which `tn` has it."""
+    for n, tile in zip(j, jnp.split(x.swapaxes(-1, -2), len(j), axis=-1)):
+      buffer = _add(buffer, tile, _start(chunk.batch, chunk.kv_head, 0, n * tile.shape[-1]))
+    return buffer
 
   # Tiles of the logits ------------------------------------------------------------------------------------------------
 
-  def leaf(self, x: Any, chunk: Chunk, i: Any, j: Any) -> Any:
-    """Tile (i, j) of an array of the logits, `[Bc|1, Kc|1, G|1, rows|1, columns|1, …]`, floats in the scores' dtype."""
-    start, size = self._leaf_slice(x, chunk, i, j)
-    x = lax.optimization_barrier(self._cut(x, start, size))  # or it would be cut for each element, with JAX 0.12
-    x = x.reshape(size[0], *((1, 1) if size[1] == 1 else (self.plan.chunk[1], self.groups)), *size[2:])
+  def leaf(self, x: Any, chunk: Chunk, i: Any, j: Columns) -> Any:
+    """Tiles (i, j) of an array of the logits, `[Bc|1, Kc|1, G|1, rows|1, columns|1, …]`, floats in the scores' dtype."""
+    tiles = []
+    for n in j[:1] if x.shape[3] == 1 else j:
+      start, size = self._leaf_slice(x, chunk, i, n)
+      tiles.append(lax.optimization_barrier(self._cut(x, start, size)))  # or it would be cut for each element, with JAX 0.12
+    x = _side_by_side(tiles, 3)
+    x = x.reshape(x.shape[0], *((1, 1) if x.shape[1] == 1 else (self.plan.chunk[1], self.groups)), *x.shape[2:])
     return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-  def _leaf_slice(self, x: Any, chunk: Chunk, i: Any, j: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+  def _leaf_slice(self, x: Any, chunk: Chunk, i: Any, n: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """Start and size of a tile of `[B|1, N|1, T|1, S|1, …]`."""
     (batch, heads), (rows, columns) = self.plan.chunk, self.plan.tiles
-    cut = (chunk.batch, batch), (chunk.kv_head * self.groups, heads * self.groups), (i * rows, rows), (j * columns, columns)
+    cut = (chunk.batch, batch), (chunk.kv_head * self.groups, heads * self.groups), (i * rows, rows), (n * columns, columns)
     start = [(0 if n == 1 else first) for n, (first, _) in zip(x.shape, cut)]
     size = [(1 if n == 1 else length) for n, (_, length) in zip(x.shape, cut)]
     return _start(*start, *(0,) * (x.ndim - 4)), (*size, *x.shape[4:])
 
-  def add_leaf(self, buffer: Any, x: Any, chunk: Chunk, i: Any, j: Any) -> Any:
-    """Adds a tile `[Bc|1, Kc|1, G|1, rows|1, columns|1]` to `[B|1, N|1, T|1, S|1]`."""
-    start, size = self._leaf_slice(buffer, chunk, i, j)
-    return _add(buffer, x.reshape(size), start)
+  def add_leaf(self, buffer: Any, x: Any, chunk: Chunk, i: Any, j: Columns) -> Any:
+    """Adds tiles `[Bc|1, Kc|1, G|1, rows|1, columns|1]` to `[B|1, N|1, T|1, S|1]`."""
+    j = j[:1] if buffer.shape[3] == 1 else j
+    for n, tile in zip(j, jnp.split(x, len(j), axis=-1)):
+      start, size = self._leaf_slice(buffer, chunk, i, n)
+      buffer = _add(buffer, tile.reshape(size), start)
+    return buffer
 
-  def scores(self, leaves: list[Any], qk: Any, chunk: Chunk, i: Any, j: Any, masked: bool,
+  def scores(self, leaves: list[Any], qk: Any, chunk: Chunk, i: Any, j: Columns, masked: bool,
              differentiated: bool = True) -> Any:
-    """The scores of tile (i, j), given that tile's leaves."""
+    """The scores of tiles (i, j), given those tiles' leaves."""
     logits: Logits = jax.tree.unflatten(self.structure, leaves)
     (batch, heads), (rows, columns) = self.plan.chunk, self.plan.tiles
     iota = lambda size, axis: lax.broadcasted_iota(jnp.int32, tuple(size if a == axis else 1 for a in range(5)), axis)
     head = (chunk.kv_head + iota(heads, 1)) * self.groups + iota(self.groups, 2)
-    row, column = i * rows + iota(rows, 3), j * columns + iota(columns, 4)
+    row, column = i * rows + iota(rows, 3), _side_by_side([n * columns + iota(columns, 4) for n in j], 4)
     # Rows past the end count as well: their q is 0, and 0 times a key that is not finite would reach dK and dV.
     edges = [n < size for n, size, tile in ((row, self.sizes[0], rows), (column, self.sizes[1], columns)) if size % tile]
     inside = functools.reduce(jnp.logical_and, edges) if edges else None
@@ -231,6 +247,10 @@ class Walk:
   def drop(self, leaves: list[Any], x: Any) -> Any:
     """Dropout of a tile of weights, or of what multiplies them, given that tile's leaves."""
     return jax.tree.unflatten(self.structure, leaves).drop(x)
+
+
+def _side_by_side(tiles: list[Any], axis: int) -> Any:
+  return tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis)
 
 
 def _take(table: Any, index: Any) -> Any:

@@ -56,6 +56,14 @@ def kinds(some: Any, every: Any) -> Any:
   return xp.where(some, xp.where(every, FULL, PARTIAL), EMPTY).astype(np.int32)
 
 
+def in_steps(kinds: Any, together: int) -> Any:
+  """A table in which each row has a multiple of `together` FULL tiles: what is left over is PARTIAL."""
+  xp: Any = np if isinstance(kinds, np.ndarray) else jnp
+  full = (kinds == FULL).astype(np.int32)
+  left_over = xp.cumsum(full, axis=-1) <= xp.sum(full, axis=-1, keepdims=True) % together
+  return xp.where((kinds == FULL) & left_over, PARTIAL, kinds).astype(np.int32)
+
+
 def first(kinds: Any, count: int) -> Any:
   """The first `count` tiles of each row that are not EMPTY, and EMPTY in place of the others: `[B|1, K|1, rows, columns]`."""
   return jnp.where(jnp.cumsum(kinds != EMPTY, axis=-1) <= count, kinds, EMPTY)

@@ -226,3 +226,16 @@ def test_visits_span_by_span(table, spans):
     assert len(set(zip(i, j))) == total and (i < rows).all() and set(j) == set(range(columns)) and set(number) == set(range(spans))
     for n, flag in zip(range(total), schedule.continued(codes)):
       assert flag == ((j == j[n]) & (number < number[n])).any()
+
+
+@QUICK
+@given(tables(), st.integers(1, 4))
+def test_full_tiles_come_in_steps(table, together):
+  """Of each row all but a multiple are PARTIAL, which is always right; nothing else changes."""
+  kinds = schedule.kinds(*table)
+  stepped = schedule.in_steps(kinds, together)
+  full, before = (np.sum(x == schedule.FULL, axis=-1) for x in (stepped, kinds))
+  np.testing.assert_array_equal(full, before - before % together)
+  changed = stepped != kinds
+  assert (kinds[changed] == schedule.FULL).all() and (stepped[changed] == schedule.PARTIAL).all()
+  np.testing.assert_array_equal(schedule.in_steps(jnp.asarray(kinds), together), stepped)
