@@ -54,7 +54,7 @@ lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(STAMP)  ## time attention, or BENCH=cpu, regression, block_sparse, io_ledger, memory, tpu_static, gpu; ARGS='--lengths 1024,4096' and the like
+bench: $(STAMP)  ## time attention, or BENCH=regression, block_sparse, io_ledger, memory, tpu_static, gpu; ARGS='--lengths 1024,4096', '--goals' and the like
 	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 clean:  ## remove virtual environments and everything built

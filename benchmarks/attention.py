@@ -1,9 +1,10 @@
 """Time and memory of `jflash.attention` beside `jax.nn.dot_product_attention`, forward and with the backward pass.
 
     python -m benchmarks.attention --lengths 256,512,1024 --dtype float32,bfloat16 --window 256
+    python -m benchmarks.attention --goals
 
 Writes a table and a plot, `benchmarks/results/attention-DEVICE.md` and `.png`, or where `--out` says. Runs on whatever
-device JAX finds.
+device JAX finds. With `--goals` it is one table of all that is aimed at on a CPU, which `cpu.py` measures.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from .timing import interleave
 
 PASSES = ("forward", "forward + backward")
 TORCH = "torch"
+GOALS = "--goals"
 LEGEND = """\
 ms: median over the rounds, in which the implementations took turns; ±%: half the distance between the quartiles.
 × jax.nn: how many times faster than the first measured `jax.nn.dot_product_attention` of the same case; below 1 slower.
@@ -168,6 +170,7 @@ def with_backward(forward: Callable) -> Callable:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser = options.parser(__doc__, "attention")
+  parser.add_argument(GOALS, action="store_true", help=f"what is aimed at on a CPU, instead; `{GOALS} --help` has its options")
   parser.add_argument("--batch", type=int, default=1)
   parser.add_argument("--heads", type=int, default=8)
   parser.add_argument("--kv-heads", type=int, help="as many as --heads if not given")
@@ -192,6 +195,9 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
+  if GOALS in argv:
+    from . import cpu  # which has its workloads from here
+    return cpu.main([word for word in argv if word != GOALS])
   args = parse(argv)
   rows = run(args)
   title = _title(args)

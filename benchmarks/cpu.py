@@ -1,10 +1,10 @@
 """What attention costs on a CPU, beside what was set out to be reached: lengths, terms of the scores, windows, blocks, decoding, a
 GPT's step, time to compile.
 
-    python -m benchmarks.cpu
+    python -m benchmarks.attention --goals
 
 Every case takes turns with what it is compared with. Writes one table, `benchmarks/results/cpu.md`, or where `--out` says.
-PyTorch is compared with where it is installed. `benchmarks.attention` has the memory, and plots against T.
+PyTorch is compared with where it is installed. Without `--goals` there is the memory, and a plot against T.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import jflash
 from jflash import masks
 
 from . import machine, options, report
-from .attention import PASSES, Shape, torch_attention, with_backward
+from .attention import GOALS, PASSES, Shape, torch_attention, with_backward
 from .timing import Times, interleave
 
 LEGEND = """\
@@ -248,7 +248,7 @@ def run(args: argparse.Namespace) -> list[report.Row]:
 def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
   args = parse(argv)
-  page = report.document("Attention on a CPU", machine.header() | options.command("cpu", argv),
+  page = report.document("Attention on a CPU", machine.header() | options.command("attention", [GOALS, *argv]),
                          [report.Table("", run(args), LEGEND)])
   path = args.out.with_name(args.out.name + ".md")
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,6 +256,3 @@ def main(argv: Sequence[str] | None = None) -> int:
   print(f"{path} written")
   return 0
 
-
-if __name__ == "__main__":
-  sys.exit(main())

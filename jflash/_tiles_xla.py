@@ -58,8 +58,10 @@ def sides(problem: Problem) -> tuple[int, int]:
 
 def step(problem: Problem, tiles: tuple[int, int]) -> int:
   """Scores of a step; where queries are few, of numbers of the keys."""
+  if few_queries(problem):
+    return (1 << 22) // problem.q.dtype.itemsize
   large = (tiles == (problem.queries, problem.keys) and tiles[0] > 256) or tiles[0] * tiles[1] > 1 << 17
-  return 1 << 20 if large or few_queries(problem) else 1 << 19
+  return 1 << 20 if large else 1 << 19
 
 
 def together(problem: Problem, tiles: tuple[int, int]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jflash
-from benchmarks import attention, block_sparse, cpu, estimators, regression, report
+from benchmarks import attention, block_sparse, estimators, regression, report
 from benchmarks.timing import Times, interleave
 
 TINY = ["--heads", "4", "--kv-heads", "2", "--width", "8", "--repeats", "3", "--seconds", "0.01"]
@@ -70,8 +70,10 @@ def test_without_pytorch_its_row_says_so(monkeypatch):
 def test_the_cpu_page_has_a_row_for_every_case(tmp_path):
   out = tmp_path / "cpu"
   argv = [*BRIEF, "--uneven", "24", "--length", "48", "--long", "4096", "--dtype", "float32", "--out", str(out)]
-  assert cpu.main([*argv, "--lengths", "16,32", "--compiled", "16,32", "--parts", "causal,shapes,terms,sparse,compiling"]) == 0
-  rows = _table(out.with_suffix(".md").read_text())
+  assert attention.main(["--goals", *argv, "--lengths", "16,32", "--compiled", "16,32", "--parts", "causal,shapes,terms,sparse,compiling"]) == 0
+  page = out.with_suffix(".md").read_text()
+  assert "- Command: `python -m benchmarks.attention --goals" in page
+  rows = _table(page)
   cases = {(row["case"], row["beside"]) for row in rows}
   assert len(rows) == 2 * (2 + 4 + 9 + 3 + 2) and len(cases) == 20 and all(float(row["ratio"]) > 0 for row in rows)
   for row in rows:
