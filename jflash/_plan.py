@@ -70,7 +70,7 @@ class Plan:
   interpret: Any  # False, True, or Pallas' interpreter parameters
   kinds: tuple[int, ...] = (schedule.PARTIAL, schedule.FULL)  # of tiles that have to be reckoned with, besides EMPTY
   backward_tiles: tuple[int, int] | None = None  # of "tpu", where they differ
-  together: int = 1  # visits that are computed in one step, by the forward pass of "tpu" 1 or 2, by "xla" those of FULL tiles
+  together: int = 1  # visits of a step: of the forward pass of "tpu" 1 or 2, of "xla" those of FULL tiles
   spans: int = 0  # of query tiles whose dQ is on chip at a time, in its backward pass of one kernel; 0: dQ has a kernel of its own
   launches: _tiles_gpu.Launches | None = None  # of "mosaic_gpu"
   walks: bool = False  # whether a pass walks from tile to tile in loops of its own, as "xla" does

@@ -176,7 +176,7 @@ def lists(backend, mask, q, k, **positions):
   sizes = _mask.Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1], **positions)
   problem = Problem(q, k, k, Logits(1.0, mask=mask.bind(sizes), **positions))
   plan = {"xla": _plan.plan_xla, "tpu": _plan.plan_tpu}[backend](problem)
-  visits = _plan.make_schedule(problem, dataclasses.replace(plan, walks=False))
+  visits = _plan.make_schedule(problem, dataclasses.replace(plan, walks=False, together=1))
   if plan.walks:  # one walk row by row for both passes, over the same tiles
     walk = _plan.make_schedule(problem, plan).rows
     shape = visits.kinds.shape[2:]
