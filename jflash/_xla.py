@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from . import _xla_rows
 from ._plan import Plan, WalkSchedule, every_row
 from ._problem import Problem
 from ._xla_sum import Parts, Place, tile_sum
-from ._xla_walk import Walk, laid_out, stacked, turn
+from ._xla_walk import Chunk, Columns, Walk, laid_out, stacked, turn
 
 
 def supports(problem: Problem) -> str | None:
@@ -43,54 +43,79 @@ def _forward(problem: Problem, plan: Plan, visits: schedule.RowVisits, with_lse:
   """`[out [B, T, N, E], lse [B, T, N, 1]]`, or out alone."""
   unit, logits = problem.logits.in_units()
   problem = dataclasses.replace(problem, logits=logits)
-  walk, hides = Walk(problem, plan), _hides(problem)
-  all_q, all_k, all_v, all_leaves = walk.arrays(problem)
+  walk = Walk(problem, plan)
+  q, *keys = walk.arrays(problem)
   start = softmax.start((*plan.chunk, walk.groups, plan.tiles[0]), problem.value_width, walk.dtype)
 
   def each_row(chunk, i, buffers):
-    q = walk.rows(all_q, chunk, i)
-
-    def cut(j):
-      return walk.columns(all_k, chunk, j), walk.columns(all_v, chunk, j), [walk.leaf(x, chunk, i, j) for x in all_leaves]
-
-    def scores(k, leaves, j, masked):
-      s = walk.scores(leaves, walk.product.scores(walk.algebra, q, k), chunk, i, j, masked, differentiated=False)
-      return s if logits.plain else _rounded(s)
-
-    def finished(state):
-      tiles = softmax.finish(state._replace(m=_rounded(unit * state.m)))
-      return [walk.put_rows(buffer, x, chunk, i) for buffer, x in zip(buffers, tiles)]
-
-    def online(j, masked, state):
-      k, v, leaves = cut(j)
-
-      def compute(state):
-        s = scores(k, leaves, j, masked)
-        weigh = lambda p: _weigh(walk, s, v, masked and hides, walk.drop(leaves, p))
-        return softmax.accumulate(state, s, weigh, weight=softmax.powers(unit))
-
-      return walk.apart(j, compute, lambda state: state, state)
-
-    def at_once(j, masked, _):
-      k, v, leaves = cut(j)
-      s = stacked(scores(k, leaves, j, masked))
-      drop = lambda p: stacked(walk.drop(leaves, walk.apart_heads(p)))
-      if with_lse:
-        m, total, p = _xla_rows.state(s, unit)
-        end = lambda acc: finished(softmax.State(*map(walk.apart_heads, (m, total, acc))))
-        return _weigh(walk, s, v, masked and hides, drop(p), end)
-      s = jax.lax.optimization_barrier(s) if masked else s
-      end = lambda out: [walk.put_rows(buffers[0], walk.apart_heads(out), chunk, i)]
-      again = lambda: drop(_xla_rows.normalised(s, unit))
-      return _weigh(walk, s, v, masked and hides, again(), end, again)
-
+    row = _Row(walk, unit, logits.plain, _hides(problem), chunk, i, walk.rows(q, chunk, i), keys, buffers)
     if plan.fuses and plan.one_visit:
-      return walk.each_visit(chunk, i, at_once, None)
-    return finished(walk.each_visit(chunk, i, online, start))
+      return walk.each_visit(chunk, i, row.at_once if with_lse else row.alone, None)
+    return row.finished(walk.each_visit(chunk, i, row.online, start))
 
-  buffers = [jnp.zeros((*all_q.shape[:3], width), dtype) for width, dtype in (
-      (problem.value_width, problem.v.dtype), (1, walk.dtype))[:2 if with_lse else 1]]
-  return [x[:, :problem.queries] for x in walk.each_row(visits, each_row, buffers)]
+  outputs = ((problem.value_width, problem.v.dtype), (1, walk.dtype))[:2 if with_lse else 1]
+  buffers = walk.each_row(visits, each_row, [walk.row_buffer(*output) for output in outputs])
+  return [walk.written(x)[:, :problem.queries] for x in buffers]
+
+
+class _Row(NamedTuple):
+  """A query tile on its way over its key tiles, and the buffers that its results go to."""
+
+  walk: Walk
+  unit: float
+  plain: bool  # of the logits
+  hides: bool
+  chunk: Chunk
+  i: Any
+  q: Any
+  keys: list[Any]  # all of k and v, and the arrays of the logits
+  buffers: list[Any]
+
+  def finished(self, state: softmax.State) -> list[Any]:
+    """The buffers with the results of all visits in them."""
+    tiles = softmax.finish(state._replace(m=_rounded(self.unit * state.m)))
+    return [self.walk.put_rows(buffer, x, self.chunk, self.i) for buffer, x in zip(self.buffers, tiles)]
+
+  def online(self, j: Columns, masked: bool, state: softmax.State) -> softmax.State:
+    """Adds a visit to what has been seen before."""
+    k, v, leaves = self._cut(j)
+
+    def compute(state):
+      s = self._scores(k, leaves, j, masked)
+      weigh = lambda p: _weigh(self.walk, s, v, masked and self.hides, self.walk.drop(leaves, p))
+      return softmax.accumulate(state, s, weigh, weight=softmax.powers(self.unit))
+
+    return self.walk.apart(j, compute, lambda state: state, state)
+
+  def at_once(self, j: Columns, masked: bool, _: None) -> list[Any]:
+    """The buffers after the only visit."""
+    k, v, leaves = self._cut(j)
+    s = stacked(self._scores(k, leaves, j, masked))
+    m, total, p = _xla_rows.state(s, self.unit)
+    end = lambda acc: self.finished(softmax.State(*map(self.walk.apart_heads, (m, total, acc))))
+    return _weigh(self.walk, s, v, masked and self.hides, self._drop(leaves, p), end)
+
+  def alone(self, j: Columns, masked: bool, _: None) -> list[Any]:
+    """The same without lse."""
+    k, v, leaves = self._cut(j)
+    s = stacked(self._scores(k, leaves, j, masked))
+    s = jax.lax.optimization_barrier(s) if masked else s
+    end = lambda out: [self.walk.put_rows(self.buffers[0], self.walk.apart_heads(out), self.chunk, self.i)]
+    again = lambda: self._drop(leaves, _xla_rows.normalised(s, self.unit))
+    return _weigh(self.walk, s, v, masked and self.hides, again(), end, again)
+
+  def _cut(self, j: Columns) -> tuple[Any, Any, list[Any]]:
+    k, v, leaves = self.keys
+    columns = lambda x: self.walk.columns(x, self.chunk, j)
+    return columns(k), columns(v), [self.walk.leaf(x, self.chunk, self.i, j) for x in leaves]
+
+  def _scores(self, k: Any, leaves: list[Any], j: Columns, masked: bool) -> Any:
+    qk = self.walk.product.scores(self.walk.algebra, self.q, k)
+    s = self.walk.scores(leaves, qk, self.chunk, self.i, j, masked, differentiated=False)
+    return s if self.plain else _rounded(s)
+
+  def _drop(self, leaves: list[Any], p: Any) -> Any:
+    return stacked(self.walk.drop(leaves, self.walk.apart_heads(p)))
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -131,7 +156,7 @@ def cotangent(problem: Problem, plan: Plan, schedule: WalkSchedule, out: Any, ls
   """
   walk = Walk(problem, plan)
   q, k, v, leaves = walk.arrays(problem)
-  dout, delta = softmax.row_cotangents(out, lse, dout, dlse)
+  dout, delta = softmax.row_cotangents(out, lse, dout, dlse, walk.row_dot)
   hides = _hides(problem)
 
   def tile(place, masked, tiles):

@@ -147,14 +147,13 @@ def _run(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.RowVisits, grad
     row_sums, columns, leaves = walk.each_visit(chunk, i, visit, ([zeros(x) for x in added.rows], sums.columns, sums.leaves))
     return Parts([walk.put_rows(x, y, chunk, i) for x, y in zip(sums.rows, row_sums)], columns, leaves)
 
-  length = lambda side: walk.counts[side] * walk.plan.tiles[side]
   dtypes = row_dtypes or (walk.dtype,) * len(added.rows)
-  heads = walk.kv_heads * walk.groups
-  buffers = Parts([jnp.zeros((walk.batch, length(0), heads, x.shape[-1]), d) for x, d in zip(added.rows, dtypes)],
-                  [jnp.zeros((walk.batch, walk.kv_heads, x.shape[-1], length(1)), walk.dtype) for x in added.columns],
+  keys = walk.counts[1] * walk.plan.tiles[1]
+  buffers = Parts([walk.row_buffer(x.shape[-1], d) for x, d in zip(added.rows, dtypes)],
+                  [jnp.zeros((walk.batch, walk.kv_heads, x.shape[-1], keys), walk.dtype) for x in added.columns],
                   [zeros(inputs.leaves[n]) for n in gradients_of])
   summed = walk.each_row(visits, each_row, buffers)
-  return summed._replace(columns=[walk.summed_columns(x) for x in summed.columns])
+  return Parts([walk.written(x) for x in summed.rows], [walk.summed_columns(x) for x in summed.columns], summed.leaves)
 
 
 def _is_float(x: Any) -> bool:

@@ -73,6 +73,10 @@ class Walk:
     x = self._dot("nht,nts->nhs", _stack(turned), stacked(self._settled(s)))
     return x.reshape(*s.shape[:2], -1, s.shape[-1]).swapaxes(-1, -2)
 
+  def row_dot(self, a: Any, b: Any) -> Any:
+    """Σ a ∘ b over the last axis: with JAX 0.10 on CPUs the sum of a product is a call that takes ten times as long."""
+    return jnp.einsum("...h,...h->...", a, b, precision=lax.Precision.HIGHEST) if self.plan.as_bits else jnp.sum(a * b, axis=-1)
+
   def _dot(self, spec: str, a: Any, b: Any) -> Any:
     """Of stacks of matrices; with one more axis, of size one, XLA's CPU compiler would mix a copy into what follows."""
     return jnp.einsum(spec, a, b, precision=self.precision, preferred_element_type=self.dtype)
@@ -190,11 +194,22 @@ class Walk:
   def _widen(self, x: Any) -> Any:
     return x.astype(self.dtype) if self.plan.widen else x
 
+  def row_buffer(self, width: int, dtype: Any) -> Any:
+    """Zeros that `put_rows` fills with `[B, T, N, width]`; of bfloat16 integers where `Plan.as_bits`, as in `_cut`."""
+    shape = self.batch, self.counts[0] * self.plan.tiles[0], self.kv_heads * self.groups, width
+    return jnp.zeros(shape, np.uint16 if self.plan.as_bits and dtype == jnp.bfloat16 else dtype)
+
   def put_rows(self, buffer: Any, x: Any, chunk: Chunk, i: Any) -> Any:
-    """Writes `[Bc, Kc, G, rows, H]` into query tile i of `[B, T, N, H]`."""
+    """Writes `[Bc, Kc, G, rows, H]` into query tile i of a `row_buffer`."""
     batch, heads, groups, size, width = x.shape
-    x = x.transpose(0, 3, 1, 2, 4).reshape(batch, size, heads * groups, width).astype(buffer.dtype)
-    return _update(buffer, x, _start(chunk.batch, i * size, chunk.kv_head * groups, 0))
+    x = x.transpose(0, 3, 1, 2, 4).reshape(batch, size, heads * groups, width)
+    if buffer.dtype == np.uint16:
+      x = lax.bitcast_convert_type(lax.optimization_barrier(x.astype(jnp.bfloat16)), buffer.dtype)
+    return _update(buffer, x.astype(buffer.dtype), _start(chunk.batch, i * size, chunk.kv_head * groups, 0))
+
+  def written(self, buffer: Any) -> Any:
+    """What is in a `row_buffer`."""
+    return lax.bitcast_convert_type(buffer, jnp.bfloat16) if buffer.dtype == np.uint16 else buffer
 
   def add_columns(self, buffer: Any, x: Any, chunk: Chunk, j: Columns) -> Any:
     """Adds `[Bc, Kc, columns, H]` to key tiles j of `[B, K, H, S]`, in which `tn` has it."""

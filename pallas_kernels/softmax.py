@@ -113,12 +113,12 @@ def dscores(p: Any, dp: Any, delta: Any) -> Any:
   return p * (dp - delta)
 
 
-def row_cotangents(out: Any, lse: Any, dout: Any, dlse: Any) -> tuple[Any, Any]:
+def row_cotangents(out: Any, lse: Any, dout: Any, dlse: Any,
+                   dot: Callable[[Any, Any], Any] = lambda a, b: jnp.sum(a * b, axis=-1)) -> tuple[Any, Any]:
   """(dout, δ) for `dscores`: δ = rowsum(dO ∘ O) - dlse, `[...]`, and both 0 for rows that saw nothing, whatever arrives."""
   dead = lse == -INF
   dout = jnp.where(dead[..., None], jnp.zeros_like(dout), dout)
-  products = dout.astype(lse.dtype) * out.astype(lse.dtype)
-  return dout, jnp.where(dead, 0.0, jnp.sum(products, axis=-1) - dlse)
+  return dout, jnp.where(dead, 0.0, dot(dout.astype(lse.dtype), out.astype(lse.dtype)) - dlse)
 
 
 def finite(x: Any) -> Any:
