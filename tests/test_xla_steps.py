@@ -64,7 +64,9 @@ def test_tiles_in_one_step(monkeypatch, terms, together):
   close(results(together), results(1))
 
 
-def test_small_blocks_are_computed_several_at_a_time():
+def test_small_blocks_are_computed_several_at_a_time(monkeypatch):
+  monkeypatch.setattr(_tiles_xla, "OLD", True)  # whose tiles are larger than any of these blocks
+
   def together(side, **kwargs):
     x = jax.ShapeDtypeStruct((1, 4096, 4, 16), jnp.float32)
     table = np.eye(4096 // side, dtype=bool)
@@ -113,3 +115,18 @@ def test_which_keys_are_cut_as_they_are():
   assert _tiles_xla.in_place(problem, visits(6)) and not _tiles_xla.in_place(problem, visits(7))
   assert not _tiles_xla.in_place(problem, visits(1))  # they are so anyway
   assert not _tiles_xla.in_place(problem, jnp.asarray(visits(6)))  # not known
+
+
+@pytest.mark.parametrize("t", [2048, 2100])
+def test_rows_written_as_bits(monkeypatch, t):
+  """The same bits as in bfloat16, out and gradients, whichever JAX this is."""
+  q, k, v = (x.astype(jnp.bfloat16) for x in draw((1, t, 2, 4), (1, 60, 1, 4), (1, 60, 1, 3)))
+
+  def results(as_bits):
+    monkeypatch.setattr(_tiles_xla, "OLD", as_bits)
+    monkeypatch.setattr(_tiles_xla, "sides", lambda problem: (512, 32))
+    out, pull = jax.vjp(lambda *x: jflash.attention(*x, implementation="xla"), q, k, v)
+    return out, *pull(out)
+
+  for x, y in zip(results(True), results(False)):
+    np.testing.assert_allclose(x.astype("float32"), y.astype("float32"), rtol=1e-2, atol=1e-2)
