@@ -139,7 +139,7 @@ def show(mask: Any, queries: int, keys: int, *, tiles: int | tuple[int, int] = (
 def tile_kinds(problem: Problem, plan: _plan.Plan) -> np.ndarray | None:
   """The schedule as EMPTY, PARTIAL or FULL for every tile, `[B|1, K|1, query tiles, key tiles]`; None if traced."""
   values = jax.tree.map(lambda x: np.asarray(x) if _has_value(x) else x, problem.logits)
-  forward = dataclasses.replace(plan, backward_tiles=None)
+  forward = dataclasses.replace(plan, backward_tiles=None, together=1)  # or full tiles that a step leaves over would be PARTIAL
   kinds = _plan.make_schedule(dataclasses.replace(problem, logits=values), forward).kinds
   return np.asarray(kinds).astype(np.int8) if _has_value(kinds) else None
 
