@@ -55,7 +55,7 @@ def _forward(problem: Problem, plan: Plan, visits: schedule.RowVisits, with_lse:
 
   outputs = ((problem.value_width, problem.v.dtype), (1, walk.dtype))[:2 if with_lse else 1]
   buffers = walk.each_row(visits, each_row, [walk.row_buffer(*output) for output in outputs])
-  return [walk.written(x)[:, :problem.queries] for x in buffers]
+  return [x[:, :problem.queries] for x in buffers]
 
 
 class _Row(NamedTuple):

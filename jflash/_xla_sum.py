@@ -153,7 +153,7 @@ def _run(walk: Walk, tile: Tile, inputs: Parts, visits: schedule.RowVisits, grad
                   [jnp.zeros((walk.batch, walk.kv_heads, x.shape[-1], keys), walk.dtype) for x in added.columns],
                   [zeros(inputs.leaves[n]) for n in gradients_of])
   summed = walk.each_row(visits, each_row, buffers)
-  return Parts([walk.written(x) for x in summed.rows], [walk.summed_columns(x) for x in summed.columns], summed.leaves)
+  return summed._replace(columns=[walk.summed_columns(x) for x in summed.columns])
 
 
 def _is_float(x: Any) -> bool:

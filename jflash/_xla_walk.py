@@ -195,22 +195,14 @@ class Walk:
     return x.astype(self.dtype) if self.plan.widen else x
 
   def row_buffer(self, width: int, dtype: Any) -> Any:
-    """Zeros that `put_rows` fills with `[B, T, N, width]`; of bfloat16 integers where `Plan.as_bits` and from where it pays."""
-    shape = self.batch, self.counts[0] * self.plan.tiles[0], self.kv_heads * self.groups, width
-    bits = self.plan.as_bits and dtype == jnp.bfloat16 and self.sizes[0] > 2048
-    return jnp.zeros(shape, np.uint16 if bits else dtype)
+    """Zeros that `put_rows` fills with `[B, T, N, width]`, T filled up to whole tiles."""
+    return jnp.zeros((self.batch, self.counts[0] * self.plan.tiles[0], self.kv_heads * self.groups, width), dtype)
 
   def put_rows(self, buffer: Any, x: Any, chunk: Chunk, i: Any) -> Any:
     """Writes `[Bc, Kc, G, rows, H]` into query tile i of a `row_buffer`."""
     batch, heads, groups, size, width = x.shape
-    x = x.transpose(0, 3, 1, 2, 4).reshape(batch, size, heads * groups, width)
-    if buffer.dtype == np.uint16:
-      x = lax.bitcast_convert_type(lax.optimization_barrier(x.astype(jnp.bfloat16)), buffer.dtype)
-    return _update(buffer, x.astype(buffer.dtype), _start(chunk.batch, i * size, chunk.kv_head * groups, 0))
-
-  def written(self, buffer: Any) -> Any:
-    """What is in a `row_buffer`."""
-    return lax.optimization_barrier(lax.bitcast_convert_type(buffer, jnp.bfloat16)) if buffer.dtype == np.uint16 else buffer
+    x = x.transpose(0, 3, 1, 2, 4).reshape(batch, size, heads * groups, width).astype(buffer.dtype)
+    return _update(buffer, x, _start(chunk.batch, i * size, chunk.kv_head * groups, 0))
 
   def add_columns(self, buffer: Any, x: Any, chunk: Chunk, j: Columns) -> Any:
     """Adds `[Bc, Kc, columns, H]` to key tiles j of `[B, K, H, S]`, in which `tn` has it."""
