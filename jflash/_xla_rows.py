@@ -37,4 +37,6 @@ def _highest(s: Any) -> Any:
 
 def _reduced(x: Any, start: Any, by: Any) -> Any:
   """`[..., rows, columns]` -> `[..., rows, 1]`."""
+  if x.shape[-1] == 1:  # XLA would leave the start out
+    return by(x, jnp.full_like(x, start))
   return lax.reduce(x, np.asarray(start, x.dtype), by, (x.ndim - 1,))[..., None]

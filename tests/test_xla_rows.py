@@ -102,6 +102,17 @@ def test_huge_scores(size):
       np.testing.assert_array_equal(np.ravel(run(problem, plan)[0]), want)
 
 
+def test_rows_that_do_not_see_the_one_key():
+  """XLA leaves out what a reduction of one element starts from, here what makes 0 of a row that sees nothing."""
+  q, k, v = (np.full((1, n, 2, 4), 0.5, "f") for n in (7, 1, 1))
+  problem = _api.make_problem(q, k, v, query_seq_lengths=np.array([4], np.int32))
+  for plan in plans(problem, 4):
+    out, lse = run(problem, plan)
+    np.testing.assert_array_equal(np.asarray(out)[0, :, 0, 0], [0.5] * 4 + [0] * 3)
+    if plan.alone is None:
+      np.testing.assert_array_equal(np.asarray(lse)[0, :, 0], [np.float32(0.5)] * 4 + [-np.inf] * 3)
+
+
 def chosen(t, dtype="bfloat16", heads=4, s=None, **kwargs):
   """The plan of a call without lse, for a compiler that fuses."""
   x = jax.ShapeDtypeStruct((2, t, heads, 16), dtype)
